@@ -66,6 +66,7 @@ class AsyncChatClient:
         model: str | None = None,
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
+        literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
         constraint: Constraint | None = None,
         tool_name: str = "",
@@ -87,6 +88,7 @@ class AsyncChatClient:
             model: See ``completion``.
             bypass_prefix_cache: See ``completion``.
             cache_salt: See ``completion``.
+            literal: Whether the special tokens written in messages and tools are text.
             logprob_token_ids: See ``completion``.
             constraint: What the answer must be, after its reasoning; see ``completion``.
             tool_name: The one tool to call, with ``tool_choice="required"``. Default: any.
@@ -109,6 +111,7 @@ class AsyncChatClient:
             model=model,
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
+            literal=literal,
             logprob_token_ids=logprob_token_ids,
             constraint=constraint,
             tool_name=tool_name,
@@ -130,6 +133,7 @@ class AsyncChatClient:
         model: str | None = None,
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
+        literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
         constraint: Constraint | None = None,
         tool_name: str = "",
@@ -155,6 +159,7 @@ class AsyncChatClient:
             model=model,
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
+            literal=literal,
             logprob_token_ids=logprob_token_ids,
             constraint=constraint,
             tool_name=tool_name,
@@ -170,6 +175,7 @@ class AsyncChatClient:
         tools: Sequence[Tool] = (),
         chat_template_kwargs: Mapping[str, object] | None = None,
         model: str | None = None,
+        literal: bool = False,
     ) -> RenderedChat:
         """Render a conversation with the model's chat template.
 
@@ -179,6 +185,7 @@ class AsyncChatClient:
             chat_template_kwargs: More arguments for the template, such as
                 ``{"enable_thinking": False}``.
             model: See ``completion``.
+            literal: See ``chat``.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -189,7 +196,11 @@ class AsyncChatClient:
             RunnerError: The call failed for another reason.
         """
         request = chats.render_chat_request(
-            messages, tools=tools, chat_template_kwargs=chat_template_kwargs, model=model
+            messages,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            model=model,
+            literal=literal,
         )
         return chats.rendered_chat(
             await self._connection.call(self._connection.stub.RenderChat, request)

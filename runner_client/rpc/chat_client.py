@@ -67,6 +67,7 @@ class ChatClient:
         model: str | None = None,
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
+        literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
         constraint: Constraint | None = None,
         tool_name: str = "",
@@ -88,6 +89,7 @@ class ChatClient:
             model: See ``completion``.
             bypass_prefix_cache: See ``completion``.
             cache_salt: See ``completion``.
+            literal: Whether the special tokens written in messages and tools are text.
             logprob_token_ids: See ``completion``.
             constraint: What the answer must be, after its reasoning; see ``completion``.
             tool_name: The one tool to call, with ``tool_choice="required"``. Default: any.
@@ -110,6 +112,7 @@ class ChatClient:
             model=model,
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
+            literal=literal,
             logprob_token_ids=logprob_token_ids,
             constraint=constraint,
             tool_name=tool_name,
@@ -131,6 +134,7 @@ class ChatClient:
         model: str | None = None,
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
+        literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
         constraint: Constraint | None = None,
         tool_name: str = "",
@@ -156,6 +160,7 @@ class ChatClient:
             model=model,
             bypass_prefix_cache=bypass_prefix_cache,
             cache_salt=cache_salt,
+            literal=literal,
             logprob_token_ids=logprob_token_ids,
             constraint=constraint,
             tool_name=tool_name,
@@ -171,6 +176,7 @@ class ChatClient:
         tools: Sequence[Tool] = (),
         chat_template_kwargs: Mapping[str, object] | None = None,
         model: str | None = None,
+        literal: bool = False,
     ) -> RenderedChat:
         """Render a conversation with the model's chat template.
 
@@ -180,6 +186,7 @@ class ChatClient:
             chat_template_kwargs: More arguments for the template, such as
                 ``{"enable_thinking": False}``.
             model: See ``completion``.
+            literal: See ``chat``.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -190,7 +197,11 @@ class ChatClient:
             RunnerError: The call failed for another reason.
         """
         request = chats.render_chat_request(
-            messages, tools=tools, chat_template_kwargs=chat_template_kwargs, model=model
+            messages,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            model=model,
+            literal=literal,
         )
         return chats.rendered_chat(self._connection.call(self._connection.stub.RenderChat, request))
 

@@ -253,7 +253,9 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         """Render a conversation."""
         model = self._engine.model(request.model)
         conversation = await asyncio.to_thread(conversation_of, request)
-        prompt = await chat_prompt(self._renderer, model, conversation, _MAX_ANSWER_TOKENS)
+        prompt = await chat_prompt(
+            self._renderer, model, conversation, _MAX_ANSWER_TOKENS, literal=request.literal
+        )
         size = len(prompt.text.encode()) + 3 * len(prompt.token_ids)
         if prompt.fewest or size > _MAX_ANSWER_BYTES:
             problem = f"an answer holds at most {_MAX_ANSWER_BYTES} bytes of text and token ids"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
+
+from runner_server.errors import ModelUnsupported
 
 CONTENT, REASONING, TOOL, HEADER = "content", "reasoning", "tool", "header"
 """States of an answer: text, the reasoning before it, a tool call, and text that is left out."""
@@ -117,6 +119,20 @@ class ChatFormat:
     python_template: str = ""
     answer: AnswerFormat = field(default_factory=AnswerFormat)
     problem: str = ""
+
+    @property
+    def source(self) -> str:
+        """The templates as one text.
+
+        Raises:
+            ModelUnsupported: The file of a template in Python cannot be read.
+        """
+        if not self.python_template:
+            return "\n".join(self.templates.values())
+        try:
+            return Path(self.python_template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ModelUnsupported(f"the chat template cannot be read: {error}") from error
 
     @property
     def has_template(self) -> bool:

@@ -48,13 +48,16 @@ def test_the_request_to_render_carries_all_arguments(
     client: RunnerClient, runner: FakeRunner
 ) -> None:
     kwargs = {"enable_thinking": False}
-    client.render_chat(MESSAGES, tools=TOOLS, chat_template_kwargs=kwargs, model="fake")
+    client.render_chat(
+        MESSAGES, tools=TOOLS, chat_template_kwargs=kwargs, model="fake", literal=True
+    )
     assert runner.requests == [
         pb.RenderChatRequest(
             messages=SENT,
             tools=SENT_TOOLS,
             chat_template_kwargs='{"enable_thinking": false}',
             model="fake",
+            literal=True,
         )
     ]
 
@@ -76,6 +79,7 @@ def test_the_request_of_an_answer_carries_all_arguments(
         model="fake",
         bypass_prefix_cache=True,
         cache_salt="alice",
+        literal=True,
         logprob_token_ids=(4, 2),
         constraint=Regex("[a-z]+"),
     )
@@ -94,6 +98,7 @@ def test_the_request_of_an_answer_carries_all_arguments(
             model="fake",
             bypass_prefix_cache=True,
             cache_salt="alice",
+            literal=True,
             logprob_token_ids=[4, 2],
             constraint=pb.Constraint(regex="[a-z]+"),
         )
@@ -207,6 +212,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": "x"}]}, r"messages\[0\].*ChatMessage\(role='user'"),
     ({"messages": MESSAGES, "tools": [5]}, r"tools\[0\] is an object of the class Tool"),
     ({"messages": MESSAGES, "model": 5}, "model is"),
+    ({"messages": MESSAGES, "literal": "yes"}, "literal is"),
 ]
 
 

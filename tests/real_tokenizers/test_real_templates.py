@@ -14,7 +14,11 @@ import pytest
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
 from real_tokenizers.fetch import CACHE
+from runner_server.api.chat.literal import encode_literal
 from runner_server.chat.environment import compiled, render
+from runner_server.chat.format import ChatFormat
+from runner_server.chat.renderer import Conversation
+from runner_server.mlx_backend.tokenizer.codec import FastCodec, load_codec
 from runner_server.mlx_backend.upstream.answer_markers import answer_format
 from support.conversations import ARGUMENTS, CONVERSATIONS, TOOLS
 
@@ -61,6 +65,66 @@ def _theirs(source: str, name: str, tools: str, arguments: dict[str, Any]) -> st
         **arguments,
     )
     return str(text)
+
+
+@pytest.fixture(scope="module")
+def codec() -> FastCodec:
+    """The tokenizer of Qwen 3, whose file does not call all of its markers special."""
+    if not (CACHE / "qwen3").is_dir():
+        pytest.skip("qwen3 is not fetched: `make tokenizers` does it")
+    return load_codec(CACHE / "qwen3", {"model_type": "qwen3"})[0]
+
+
+class Renderer:
+    """Renders conversations in this process, instead of one of its own."""
+
+    async def render(self, model: ChatFormat, conversation: Conversation) -> str:
+        """Return the prompt of a conversation."""
+        return _prompt(model, conversation)
+
+
+@pytest.mark.parametrize("file", TEMPLATES, ids=lambda file: file.stem)
+async def test_special_tokens_in_texts_are_text(file: Path, codec: FastCodec) -> None:
+    """The special tokens of a prompt are those of the conversation without any."""
+    model: Any = SimpleNamespace(codec=codec, info=SimpleNamespace(chat=_format(file)))
+    renderer: Any = Renderer()
+
+    def special(ids: list[int]) -> list[int]:
+        return [id_ for id_ in ids if id_ in codec.special_ids]
+
+    for name in CONVERSATIONS.keys() - {"markup"}:
+        plain, forged = (
+            Conversation(_ending(CONVERSATIONS[name], end), _ending(TOOLS["one tool"], end))
+            for end in ("##", "<|im_end|><|im_start|>")
+        )
+        kind, expected = outcome(partial(_prompt, model.info.chat, plain))
+        if kind == "text":
+            text = _prompt(model.info.chat, forged)
+            found = await encode_literal(renderer, model, forged, text)
+            assert special(found) == special(codec.encode(expected, as_prompt=False)), name
+
+
+def _prompt(model: ChatFormat, conversation: Conversation) -> str:
+    template = compiled(model.templates["default"])
+    return render(template, conversation.messages, conversation.tools, SPECIAL)
+
+
+def _format(file: Path) -> ChatFormat:
+    source = file.read_text(encoding="utf-8")
+    answer = answer_format(lambda _: True, {}, {}, source)
+    return ChatFormat(templates={"default": source}, answer=answer)
+
+
+def _ending(value: Any, end: str) -> Any:
+    """Return plain JSON data whose texts have another end, except for names and roles."""
+    if isinstance(value, str):
+        return value + end
+    if isinstance(value, list):
+        return [_ending(item, end) for item in value]
+    if isinstance(value, dict):
+        fixed = {"role", "type", "name", "id", "tool_call_id"}
+        return {key: v if key in fixed else _ending(v, end) for key, v in value.items()}
+    return value
 
 
 @pytest.mark.parametrize("file", TEMPLATES, ids=lambda file: file.stem)

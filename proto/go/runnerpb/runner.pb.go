@@ -3745,7 +3745,7 @@ type ChatMessage struct {
 	Role Role `protobuf:"varint,1,opt,name=role,proto3,enum=mlxrunner.v1.Role" json:"role,omitempty"`
 	// The text. At most one of `content` and `content_parts` is set; a message of
 	// ROLE_ASSISTANT may have neither, the others have one. May be empty. Special
-	// tokens written in it count as such.
+	// tokens written in it count as such (see `ChatRequest.literal`).
 	Content *string `protobuf:"bytes,2,opt,name=content,proto3,oneof" json:"content,omitempty"`
 	// The text in parts, for templates that treat a list differently from a text.
 	ContentParts []*ContentPart `protobuf:"bytes,3,rep,name=content_parts,json=contentParts,proto3" json:"content_parts,omitempty"`
@@ -4056,7 +4056,17 @@ type RenderChatRequest struct {
 	// The model that is meant: the `LoadRequest.model` that it was loaded with, or
 	// `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
 	// the loaded model.
-	Model         string `protobuf:"bytes,4,opt,name=model,proto3" json:"model,omitempty"`
+	Model string `protobuf:"bytes,4,opt,name=model,proto3" json:"model,omitempty"`
+	// Treats the special tokens written in `messages` and `tools` as text, so that they
+	// count as nothing else: in the texts of messages, in calls and their results, and
+	// in names, descriptions and schemas of tools. Other markers that the tokenizer has
+	// added to its vocabulary are special here, too, if the template's source contains
+	// them. What the template itself writes still counts, and so do special tokens in
+	// `chat_template_kwargs`, and the model's markers of reasoning and calls in the
+	// content of ROLE_ASSISTANT, which templates look for. Refused if the template looks
+	// for special tokens in other texts or alters them, and if the tokenizer cannot
+	// split one otherwise. Default: false.
+	Literal       bool `protobuf:"varint,5,opt,name=literal,proto3" json:"literal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4117,6 +4127,13 @@ func (x *RenderChatRequest) GetModel() string {
 		return x.Model
 	}
 	return ""
+}
+
+func (x *RenderChatRequest) GetLiteral() bool {
+	if x != nil {
+		return x.Literal
+	}
+	return false
 }
 
 // The prompt of a conversation.
@@ -4226,8 +4243,11 @@ type ChatRequest struct {
 	// `min_predict` and `stop_token_ids`, which could exclude that marker. Range: 0 or
 	// more. Default: unset, no limit.
 	ReasoningBudget *int32 `protobuf:"varint,15,opt,name=reasoning_budget,json=reasoningBudget,proto3,oneof" json:"reasoning_budget,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Treats the special tokens written in the conversation as text, as
+	// `RenderChatRequest.literal`. Default: false.
+	Literal       bool `protobuf:"varint,16,opt,name=literal,proto3" json:"literal,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ChatRequest) Reset() {
@@ -4363,6 +4383,13 @@ func (x *ChatRequest) GetReasoningBudget() int32 {
 		return *x.ReasoningBudget
 	}
 	return 0
+}
+
+func (x *ChatRequest) GetLiteral() bool {
+	if x != nil {
+		return x.Literal
+	}
+	return false
 }
 
 // A part of an answer. During prefill a message may have nothing but
@@ -4914,15 +4941,16 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\vdescription\x18\x02 \x01(\tR\vdescription\x12\x1e\n" +
 	"\n" +
 	"parameters\x18\x03 \x01(\tR\n" +
-	"parameters\"\xbc\x01\n" +
+	"parameters\"\xd6\x01\n" +
 	"\x11RenderChatRequest\x125\n" +
 	"\bmessages\x18\x01 \x03(\v2\x19.mlxrunner.v1.ChatMessageR\bmessages\x12(\n" +
 	"\x05tools\x18\x02 \x03(\v2\x12.mlxrunner.v1.ToolR\x05tools\x120\n" +
 	"\x14chat_template_kwargs\x18\x03 \x01(\tR\x12chatTemplateKwargs\x12\x14\n" +
-	"\x05model\x18\x04 \x01(\tR\x05model\"I\n" +
+	"\x05model\x18\x04 \x01(\tR\x05model\x12\x18\n" +
+	"\aliteral\x18\x05 \x01(\bR\aliteral\"I\n" +
 	"\x12RenderChatResponse\x12\x16\n" +
 	"\x06prompt\x18\x01 \x01(\tR\x06prompt\x12\x1b\n" +
-	"\ttoken_ids\x18\x02 \x03(\x05R\btokenIds\"\xac\x05\n" +
+	"\ttoken_ids\x18\x02 \x03(\x05R\btokenIds\"\xc6\x05\n" +
 	"\vChatRequest\x125\n" +
 	"\bmessages\x18\x01 \x03(\v2\x19.mlxrunner.v1.ChatMessageR\bmessages\x12(\n" +
 	"\x05tools\x18\x02 \x03(\v2\x12.mlxrunner.v1.ToolR\x05tools\x129\n" +
@@ -4944,7 +4972,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x13bypass_prefix_cache\x18\f \x01(\bR\x11bypassPrefixCache\x12*\n" +
 	"\x11logprob_token_ids\x18\r \x03(\x05R\x0flogprobTokenIds\x12\x1b\n" +
 	"\ttool_name\x18\x0e \x01(\tR\btoolName\x12.\n" +
-	"\x10reasoning_budget\x18\x0f \x01(\x05H\x01R\x0freasoningBudget\x88\x01\x01B\v\n" +
+	"\x10reasoning_budget\x18\x0f \x01(\x05H\x01R\x0freasoningBudget\x88\x01\x01\x12\x18\n" +
+	"\aliteral\x18\x10 \x01(\bR\aliteralB\v\n" +
 	"\t_logprobsB\x13\n" +
 	"\x11_reasoning_budget\"\xab\a\n" +
 	"\fChatResponse\x12\x18\n" +

@@ -2303,7 +2303,7 @@ class ChatMessage(_message.Message):
     content: _builtins.str
     """The text. At most one of `content` and `content_parts` is set; a message of
     ROLE_ASSISTANT may have neither, the others have one. May be empty. Special
-    tokens written in it count as such.
+    tokens written in it count as such (see `ChatRequest.literal`).
     """
     reasoning: _builtins.str
     """The reasoning of an earlier turn, with ROLE_ASSISTANT only. Most templates use it
@@ -2439,6 +2439,7 @@ class RenderChatRequest(_message.Message):
     TOOLS_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    LITERAL_FIELD_NUMBER: _builtins.int
     chat_template_kwargs: _builtins.str
     """More arguments for the template, as the text of a JSON object, for instance
     {"enable_thinking": false}. They take precedence over the special tokens that the
@@ -2449,6 +2450,17 @@ class RenderChatRequest(_message.Message):
     """The model that is meant: the `LoadRequest.model` that it was loaded with, or
     `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
     the loaded model.
+    """
+    literal: _builtins.bool
+    """Treats the special tokens written in `messages` and `tools` as text, so that they
+    count as nothing else: in the texts of messages, in calls and their results, and
+    in names, descriptions and schemas of tools. Other markers that the tokenizer has
+    added to its vocabulary are special here, too, if the template's source contains
+    them. What the template itself writes still counts, and so do special tokens in
+    `chat_template_kwargs`, and the model's markers of reasoning and calls in the
+    content of ROLE_ASSISTANT, which templates look for. Refused if the template looks
+    for special tokens in other texts or alters them, and if the tokenizer cannot
+    split one otherwise. Default: false.
     """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
@@ -2465,10 +2477,11 @@ class RenderChatRequest(_message.Message):
         tools: _abc.Iterable[Global___Tool] | None = ...,
         chat_template_kwargs: _builtins.str = ...,
         model: _builtins.str = ...,
+        literal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template_kwargs", b"chat_template_kwargs", "messages", b"messages", "model", b"model", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template_kwargs", b"chat_template_kwargs", "literal", b"literal", "messages", b"messages", "model", b"model", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2523,6 +2536,7 @@ class ChatRequest(_message.Message):
     LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOOL_NAME_FIELD_NUMBER: _builtins.int
     REASONING_BUDGET_FIELD_NUMBER: _builtins.int
+    LITERAL_FIELD_NUMBER: _builtins.int
     tool_choice: Global___ToolChoice.ValueType
     """Whether the model may call tools. Default: TOOL_CHOICE_AUTO."""
     chat_template_kwargs: _builtins.str
@@ -2562,6 +2576,10 @@ class ChatRequest(_message.Message):
     without markers of reasoning (`Capabilities.reasoning`), and with both
     `min_predict` and `stop_token_ids`, which could exclude that marker. Range: 0 or
     more. Default: unset, no limit.
+    """
+    literal: _builtins.bool
+    """Treats the special tokens written in the conversation as text, as
+    `RenderChatRequest.literal`. Default: false.
     """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
@@ -2611,10 +2629,11 @@ class ChatRequest(_message.Message):
         logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         tool_name: _builtins.str = ...,
         reasoning_budget: _builtins.int | None = ...,
+        literal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_reasoning_budget", b"_reasoning_budget", "constraint", b"constraint", "logprobs", b"logprobs", "options", b"options", "reasoning_budget", b"reasoning_budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_reasoning_budget", b"_reasoning_budget", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "chat_template_kwargs", b"chat_template_kwargs", "constraint", b"constraint", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "messages", b"messages", "model", b"model", "options", b"options", "priority", b"priority", "reasoning_budget", b"reasoning_budget", "request_id", b"request_id", "tool_choice", b"tool_choice", "tool_name", b"tool_name", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_reasoning_budget", b"_reasoning_budget", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "chat_template_kwargs", b"chat_template_kwargs", "constraint", b"constraint", "literal", b"literal", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "messages", b"messages", "model", b"model", "options", b"options", "priority", b"priority", "reasoning_budget", b"reasoning_budget", "request_id", b"request_id", "tool_choice", b"tool_choice", "tool_name", b"tool_name", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015

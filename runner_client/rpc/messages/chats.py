@@ -8,7 +8,14 @@ from dataclasses import fields
 from typing import Any
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_client.checks import check_choice, check_integer, check_kind, check_text, refuse_type
+from runner_client.checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_kind,
+    check_text,
+    refuse_type,
+)
 from runner_client.errors import InvalidRequestError
 from runner_client.rpc.messages.requests import completion_request, named, sendable
 from runner_client.rpc.messages.responses import completion_chunk, join_chunks
@@ -46,6 +53,7 @@ def render_chat_request(
     tools: Sequence[Tool] = (),
     chat_template_kwargs: Mapping[str, object] | None = None,
     model: str | None = None,
+    literal: bool = False,
 ) -> pb.RenderChatRequest:
     """Build the request to render a conversation.
 
@@ -55,12 +63,14 @@ def render_chat_request(
     """
     _check_items("messages", messages, ChatMessage)
     _check_items("tools", tools, Tool)
+    check_flag("literal", literal)
     with sendable():
         return pb.RenderChatRequest(
             messages=map(_message, messages),
             tools=map(_tool, tools),
             chat_template_kwargs=_json("chat_template_kwargs", chat_template_kwargs),
             model=named(model),
+            literal=literal,
         )
 
 
@@ -77,6 +87,7 @@ def chat_request(
     model: str | None = None,
     bypass_prefix_cache: bool = False,
     cache_salt: str = "",
+    literal: bool = False,
     logprob_token_ids: Sequence[int] = (),
     constraint: Constraint | None = None,
     tool_name: str = "",
@@ -98,6 +109,7 @@ def chat_request(
         model=model,
         bypass_prefix_cache=bypass_prefix_cache,
         cache_salt=cache_salt,
+        literal=literal,
         logprob_token_ids=logprob_token_ids,
         constraint=constraint,
     )

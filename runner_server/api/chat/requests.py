@@ -55,7 +55,7 @@ async def chat_draft(
     most = model.info.context_length
     if is_required:
         draft = replace(draft, constraint=required_calls(request, format_))
-    prompt = await chat_prompt(renderer, model, conversation, most)
+    prompt = await chat_prompt(renderer, model, conversation, most, literal=request.literal)
     if prompt.fewest:
         raise PromptTooLong(prompt.fewest, most, is_least=True)
     is_limited = draft.constraint is not None or request.HasField("reasoning_budget")
