@@ -14,7 +14,7 @@ import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client.cli import chat
-from runner_client.cli.shared.dialogue import INTERRUPTED, PROMPT, QUOTES
+from runner_client.cli.shared.dialogue import INTERRUPTED, NOT_LITERAL, PROMPT, QUOTES
 from runner_client.testing import Failure, FakeRunner, fake_runner
 from support.command_line import invoke
 from support.terminal import END, in_terminal
@@ -59,6 +59,22 @@ def test_options_reach_the_runner(fake: FakeRunner) -> None:
     talk(fake, "Hi", options=("--temperature", "0", "--stop", "x", "--num-predict", "9"))
     (request,) = (r for r in fake.requests if isinstance(r, pb.ChatRequest))
     assert request.options == pb.CompletionOptions(temperature=0, stop=["x"], num_predict=9)
+
+
+def test_special_tokens_in_messages_are_text_if_the_model_can_do_it(fake: FakeRunner) -> None:
+    def literal() -> list[bool]:
+        return [each.literal for each in fake.requests if isinstance(each, pb.ChatRequest)]
+
+    assert talk(fake, "a", "b").stderr == ""
+    assert literal() == [True, True]
+    fake.requests.clear()
+    violation = ("literal", "no other tokens for '<s>'")
+    fake.failure = Failure("INVALID_FIELD", ": ".join(violation), field_violations=[violation])
+    result = talk(fake, "<s>", "b")
+    # The fake refuses every request, so the second one is shown as a failure.
+    told = f"literal: {violation[1]}"
+    assert result.stderr == f"{told}; {NOT_LITERAL}\n" + f"error: {told}\n" * 2
+    assert literal() == [True, False, False]
 
 
 def test_reset_begins_anew(fake: FakeRunner) -> None:

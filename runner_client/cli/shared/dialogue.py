@@ -37,12 +37,13 @@ HELP = f"""\
 /bye      end (so does the end of input, Ctrl-D)
 {QUOTES}       begins and ends a message of several lines
 Ctrl-C    ends an answer, or drops the message being typed; twice, ends the program"""
+NOT_LITERAL = "from now on, special tokens in messages count as such"
 UNFINISHED = "the answer was cut short and does not obey the schema"
 INTERRUPTED = "interrupted; Ctrl-C again, /bye or Ctrl-D ends"
 
 
 class Dialogue:
-    """A conversation with a runner.
+    """A conversation with a runner, in which special tokens that the user types are text.
 
     Args:
         client: The runner.
@@ -61,6 +62,7 @@ class Dialogue:
         self._client = client
         self._options = options
         self._schema = schema
+        self._is_literal = True
         self._begin = [ChatMessage("system", system)] if system else []
         self.messages = list(self._begin)
 
@@ -113,7 +115,9 @@ class Dialogue:
             RunnerError: The runner cannot go on.
         """
         asked = [*self.messages, ChatMessage("user", text)]
-        stream = self._client.chat(asked, options=self._options, constraint=self._schema)
+        stream = self._client.chat(
+            asked, options=self._options, constraint=self._schema, literal=self._is_literal
+        )
         shown: list[str] = []
         reasoning: list[str] = []
         try:
@@ -121,6 +125,11 @@ class Dialogue:
         except InvalidRequestError as error:
             if any(field.startswith(_OF_ALL_REQUESTS) for field, _ in error.field_violations):
                 raise
+            if self._is_literal and any(field == "literal" for field, _ in error.field_violations):
+                self._is_literal = False
+                click.echo(f"{error}; {NOT_LITERAL}", err=True)
+                self.answer(text)
+                return
             advice = "; /reset begins anew" if isinstance(error, PromptTooLongError) else ""
             command = click.get_current_context().command
             Failure(f"{message_with_flags(error, command)}{advice}").show()
