@@ -16,7 +16,8 @@ class MemoryNeed:
         prefix_cache_bytes: Largest size of the prefix cache.
         working_bytes: Arrays of a prefill chunk or a decode step, the copy of a layer's
             cache while it grows, and the buffers that MLX keeps for reuse.
-        process_bytes: Interpreter, libraries, tokenizer and heap.
+        process_bytes: Interpreter, libraries, tokenizer and heap, and the process that renders chat
+            templates.
         load_transient_bytes: Memory for reading the files, beyond all of the above.
         has_default_prefix_cache: Whether the prefix cache has its default size, which is
             reduced if memory is short.

@@ -14,3 +14,8 @@ MAX_MEMORY_BYTES = 1 << 30
 
 MAX_PROMPT_CHARS = 64 * 2**20
 """Longest text. A request has at most as many bytes."""
+
+MAX_KEPT_BYTES = 64 * 2**20
+"""Memory above which the process is ended after an answer, because Python keeps most of it: 550 MiB
+after a template that builds long texts. A conversation of 10,000 messages takes 32 MiB. Linux
+only."""

@@ -48,6 +48,7 @@ class ChatRenderer:
     """Renders conversations one after another, in a process started by the first one.
 
     A template that uses up its CPU time ends the process, and the next conversation starts another.
+    So does a process that has become large.
 
     Args:
         cpu_seconds: CPU time of one rendering.
@@ -130,16 +131,26 @@ class ChatRenderer:
             answer = None
         finally:
             watchdog.cancel()
-        return self._reap() if answer is None else answer
+        if answer is None:
+            return self._reap()
+        if answer["is_large"]:
+            self._end()
+        return answer
+
+    def _end(self) -> subprocess.Popen[bytes] | None:
+        """End the process, if there is one, and return it."""
+        worker, self._worker = self._worker, None
+        if worker:
+            # A broken pipe: the process has ended before it has read all of the request.
+            with suppress(BrokenPipeError), worker:
+                worker.kill()
+        return worker
 
     def _reap(self) -> dict[str, Any]:
         """End the process; return the answer of one that its template has ended."""
-        worker, self._worker = self._worker, None
+        worker = self._end()
         if worker is None:
             return {}
-        # A broken pipe: the process has ended before it has read all of the request.
-        with suppress(BrokenPipeError), worker:
-            worker.kill()
         if worker.returncode == -signal.SIGPROF:
             return {"problem": f"it takes more than {self._cpu_seconds:g} s of CPU time"}
         if self._is_closed:

@@ -29,7 +29,7 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from runner_common.signals import reset_inherited_signals
 from runner_server.chat.environment import compiled, render, with_reasoning
 from runner_server.chat.frames import read_frame, write_frame
-from runner_server.chat.limits import MAX_MEMORY_BYTES, MAX_PROMPT_CHARS
+from runner_server.chat.limits import MAX_KEPT_BYTES, MAX_MEMORY_BYTES, MAX_PROMPT_CHARS
 
 _STATM = Path("/proc/self/statm")
 _MAX_WORDS = 500
@@ -121,15 +121,22 @@ def _limits(cpu_seconds: float) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     # macOS has neither the file nor an effect of the limit.
     if _STATM.exists():
-        pages = int(_STATM.read_text().split()[0])
-        most = pages * resource.getpagesize() + MAX_MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (_memory_bytes(0) + MAX_MEMORY_BYTES, hard))
     signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _memory_bytes(field: int) -> int:
+    """Return the size of this process: of its address space (0), or the resident part (1)."""
+    return int(_STATM.read_text().split()[field]) * resource.getpagesize()
+
+
+def _is_large() -> bool:
+    return _STATM.exists() and _memory_bytes(1) > MAX_KEPT_BYTES
 
 
 def main() -> int:
@@ -139,7 +146,8 @@ def main() -> int:
     # The server decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while (request := read_frame(sys.stdin.buffer)) is not None:
-        write_frame(sys.stdout.buffer, answer(request))
+        found = answer(request)
+        write_frame(sys.stdout.buffer, found | {"is_large": _is_large()})
     return 0
 
 

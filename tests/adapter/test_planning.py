@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -184,3 +185,12 @@ def test_mkl_is_counted_with_buffers_for_each_core(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(f"{measured}.usable_cores", lambda: Cores(16, 32))
     assert process_bytes(8, "cpu") == without + (32 + 16 * 2) * MIB
     assert process_bytes(8, "gpu") == without
+
+
+def test_the_process_of_chat_templates_is_counted_if_there_is_a_template(
+    model_dir: Build, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(model_dir(), tmp_path / "model"))
+    without = plan_load(path, LoadSpec(str(path))).need.process_bytes
+    (path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert plan_load(path, LoadSpec(str(path))).need.process_bytes == without + 20 * MIB

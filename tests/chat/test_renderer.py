@@ -136,6 +136,21 @@ async def test_a_template_that_writes_too_much_is_refused() -> None:
         renderer.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how large a process is")
+async def test_a_process_that_has_become_large_is_replaced() -> None:
+    renderer = ChatRenderer()
+    try:
+        assert await renderer.render(chat_format("{{ 'ab' * 999 }}"), HELLO)
+        first = renderer._worker
+        assert first
+        long = "{% set n = 30000000 %}{{ 'ab' * n }}"
+        assert len(await renderer.render(chat_format(long), HELLO)) == 60_000_000
+        assert first.returncode is not None
+        assert await renderer.render(chat_format("ok"), HELLO) == "ok"
+    finally:
+        renderer.close()
+
+
 async def test_a_crash_of_the_process_is_told_and_repaired(renderer: ChatRenderer) -> None:
     assert await renderer.render(chat_format("ok"), HELLO) == "ok"
     assert renderer._worker

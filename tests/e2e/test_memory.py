@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
@@ -24,6 +25,7 @@ pytestmark = [
 from runner_client import (  # noqa: E402
     AsyncRunnerClient,
     AsyncRunnerProcess,
+    ChatMessage,
     Options,
     RunnerProcess,
 )
@@ -101,6 +103,24 @@ async def test_the_estimate_counts_a_large_tokenizer(model_dir: Build, tmp_path:
         assert peak > loaded + 150 * MIB
         assert 0.6 * estimate.total_bytes <= peak <= estimate.total_bytes
         assert loaded <= estimate.total_bytes - estimate.load_transient_bytes
+
+
+async def test_the_estimate_counts_the_process_of_chat_templates(
+    model_dir: Build, tmp_path: Path
+) -> None:
+    """The pages of libraries that both processes map are in memory once."""
+    path = Path(shutil.copytree(model_dir(**WIDE), tmp_path / "model"))
+    (path / "chat_template.jinja").write_text("{{ messages | tojson }}")
+    async with AsyncRunnerProcess(str(path), parallel=2, context_length=CONTEXT) as runner:
+        assert not psutil.Process(runner.pid).children()
+        await runner.client.render_chat([ChatMessage("user", "word " * 1000)])
+        (worker,) = psutil.Process(runner.pid).children()
+        taken = worker.memory_full_info().uss
+        estimate = runner.estimate
+        assert estimate
+        assert 5 * MIB <= taken <= 20 * MIB
+        peak = process_bytes(runner.pid, "VmHWM") + taken
+        assert 0.6 * estimate.total_bytes <= peak <= estimate.total_bytes
 
 
 async def test_the_memory_limit_holds_under_load(model_dir: Build) -> None:

@@ -1193,7 +1193,8 @@ type EstimateResponse struct {
 	// The arrays of a prefill chunk or a decode step, the copy of a layer's cache
 	// while it grows, and the buffers that MLX keeps for reuse.
 	WorkingBytes int64 `protobuf:"varint,4,opt,name=working_bytes,json=workingBytes,proto3" json:"working_bytes,omitempty"`
-	// The process itself: interpreter, libraries, tokenizer, heap.
+	// The process itself (interpreter, libraries, tokenizer, heap), and the one that renders
+	// chat templates, if the model has one.
 	ProcessBytes int64 `protobuf:"varint,5,opt,name=process_bytes,json=processBytes,proto3" json:"process_bytes,omitempty"`
 	// Memory for reading the files, beyond all of the above.
 	LoadTransientBytes int64 `protobuf:"varint,6,opt,name=load_transient_bytes,json=loadTransientBytes,proto3" json:"load_transient_bytes,omitempty"`

@@ -875,7 +875,9 @@ class EstimateResponse(_message.Message):
     while it grows, and the buffers that MLX keeps for reuse.
     """
     process_bytes: _builtins.int
-    """The process itself: interpreter, libraries, tokenizer, heap."""
+    """The process itself (interpreter, libraries, tokenizer, heap), and the one that renders
+    chat templates, if the model has one.
+    """
     load_transient_bytes: _builtins.int
     """Memory for reading the files, beyond all of the above."""
     total_bytes: _builtins.int
