@@ -162,6 +162,20 @@ async def test_a_wrong_request_is_refused_by_its_field(loaded: Server, name: str
     assert set(problem.violations) == {field}
 
 
+async def test_wrong_options_and_a_wrong_conversation_are_named_at_once(loaded: Server) -> None:
+    request = pb.ChatRequest(
+        messages=[pb.ChatMessage(content="x")],
+        chat_template_kwargs="{",
+        options=pb.CompletionOptions(temperature=-1),
+        priority=101,
+    )
+    problem = await failure(loaded.stub.Chat(request))
+    assert problem.reason == "INVALID_FIELD"
+    assert set(problem.violations) == {
+        *("messages[0].role", "chat_template_kwargs", "options.temperature", "priority"),
+    }
+
+
 async def test_a_long_conversation_is_refused_with_numbers(loaded: Server) -> None:
     message = pb.ChatMessage(role=pb.ROLE_USER, content="x" * CONTEXT_LENGTH)
     problem = await failure(chat(loaded, messages=[message]))

@@ -41,26 +41,40 @@ def conversation_of(request: pb.RenderChatRequest | pb.ChatRequest) -> Conversat
         InvalidField: A field is missing or out of range.
     """
     check = ViolationCollector()
-    _check_count(check, "messages", len(request.messages), 1, MAX_MESSAGES)
-    _check_count(check, "tools", len(request.tools), 0, MAX_TOOLS)
-    if isinstance(request, pb.ChatRequest):
-        known = request.tool_choice in _TOOL_CHOICES
-        check.require("tool_choice", known, "not a choice that this server supports")
-    check.finish()
-    tools = [_tool(check, f"tools[{i}]", tool) for i, tool in enumerate(request.tools)]
-    conversation = Conversation(
-        messages=[
-            _message(check, f"messages[{i}]", message) for i, message in enumerate(request.messages)
-        ],
-        tools=tools or None,
-        arguments=_arguments(check, request.chat_template_kwargs),
-    )
+    conversation = read_conversation(check, request)
     check.finish()
     return conversation
 
 
-def _check_count(check: ViolationCollector, field: str, count: int, low: int, high: int) -> None:
-    check.require(field, low <= count <= high, f"{count} entries; {low} to {high}")
+def read_conversation(
+    check: ViolationCollector, request: pb.RenderChatRequest | pb.ChatRequest
+) -> Conversation:
+    """Convert a conversation, and record the problems.
+
+    Args:
+        check: Collects the violations, with any of which the result is useless.
+        request: The request.
+    """
+    if isinstance(request, pb.ChatRequest):
+        known = request.tool_choice in _TOOL_CHOICES
+        check.require("tool_choice", known, "not a choice that this server supports")
+    arguments = _arguments(check, request.chat_template_kwargs)
+    has_messages = _check_count(check, "messages", len(request.messages), 1, MAX_MESSAGES)
+    has_tools = _check_count(check, "tools", len(request.tools), 0, MAX_TOOLS)
+    # More of them would take longer to check than it is worth.
+    messages = enumerate(request.messages if has_messages else ())
+    tools = enumerate(request.tools if has_tools else ())
+    return Conversation(
+        messages=[_message(check, f"messages[{i}]", message) for i, message in messages],
+        tools=[_tool(check, f"tools[{i}]", tool) for i, tool in tools] or None,
+        arguments=arguments,
+    )
+
+
+def _check_count(check: ViolationCollector, field: str, count: int, low: int, high: int) -> bool:
+    is_inside = low <= count <= high
+    check.require(field, is_inside, f"{count} entries; {low} to {high}")
+    return is_inside
 
 
 def _message(check: ViolationCollector, path: str, message: pb.ChatMessage) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from mlxrunner.v1 import runner_pb2 as pb
-from runner_server.api.chat.conversation import conversation_of
+from runner_server.api.chat.conversation import read_conversation
 from runner_server.api.chat.prompting import chat_prompt
 from runner_server.api.chat.required import check_required, required_calls
 from runner_server.api.generation import GenerationDraft
@@ -17,9 +17,9 @@ from runner_server.api.violations import ViolationCollector
 from runner_server.chat.answer import Answer
 from runner_server.chat.format import REASONING, AnswerFormat, ChatFormat
 from runner_server.chat.reasoning import Reasoning
-from runner_server.chat.renderer import ChatRenderer, Conversation
+from runner_server.chat.renderer import ChatRenderer
 from runner_server.engine.backend import ModelHandle
-from runner_server.errors import InvalidField, PromptTooLong
+from runner_server.errors import PromptTooLong
 
 
 async def chat_draft(
@@ -46,12 +46,15 @@ async def chat_draft(
     is_required = request.tool_choice == pb.TOOL_CHOICE_REQUIRED
     if is_required:
         check_ends(check, request.options)
-    # Replaced by the rendered prompt.
+    _check_tools(check, request, model.info.chat)
+    conversation = await asyncio.to_thread(read_conversation, check, request)
+    # Refuses all of the above, too. The prompt is replaced by the rendered one.
     draft = generation_draft(check, request, Prompt("messages", ""), model.info)
-    conversation = await asyncio.to_thread(conversation_of, request)
     if request.tool_choice == pb.TOOL_CHOICE_NONE:
         conversation = replace(conversation, tools=None)
-    format_ = _format(model.info.chat, conversation)
+    format_ = model.info.chat.answer
+    if conversation.tools is None:
+        format_ = format_.without_tools()
     most = model.info.context_length
     if is_required:
         draft = replace(draft, constraint=required_calls(request, format_))
@@ -91,18 +94,12 @@ def _check_budget(check: ViolationCollector, request: pb.ChatRequest, model: Cha
     check.require(field, not may_exclude, text)
 
 
-def _format(model: ChatFormat, conversation: Conversation) -> AnswerFormat:
-    """Return the format of the answer, without tool calls if the conversation has no tools.
-
-    Raises:
-        InvalidField: The conversation has tools, and the model's calls cannot be told apart.
-    """
-    if conversation.tools is None:
-        return model.answer.without_tools()
-    if model.has_template and not model.answer.tool_parser:
-        problem = (
-            "mlx_lm has no parser for this model's tool calls; leave them out, or set "
-            "tool_parser_type in tokenizer_config.json"
-        )
-        raise InvalidField([("tools", problem)])
-    return model.answer
+def _check_tools(check: ViolationCollector, request: pb.ChatRequest, model: ChatFormat) -> None:
+    """Check that the calls of tools in the answer can be told apart."""
+    is_offered = bool(request.tools) and request.tool_choice != pb.TOOL_CHOICE_NONE
+    is_known = bool(model.answer.tool_parser) or not model.has_template
+    text = (
+        "mlx_lm has no parser for this model's tool calls; leave them out, or set "
+        "tool_parser_type in tokenizer_config.json"
+    )
+    check.require("tools", is_known or not is_offered, text)
