@@ -22,7 +22,7 @@ from runner_client.host.blas_measure import measure, table
 from runner_client.host.command import check_platform
 from runner_client.host.environment import child_environment, find_blas, package_folders
 from runner_client.host.machine_load import OtherLoad, cpu_clock
-from runner_client.host.probe import ProbeResult, run_probe
+from runner_client.host.probe import ProbeResult, run_kernels_probe, run_probe
 from runner_common.cores import usable_cores
 from runner_common.extras import install_advice
 from runner_common.host_memory.free import FreeMemory, device_infos, free_memory, installed_backend
@@ -107,6 +107,7 @@ def examine(
     *,
     environ: Mapping[str, str] = os.environ,
     probe: Callable[[Mapping[str, str]], ProbeResult] = run_probe,
+    kernels_probe: Callable[[Mapping[str, str]], ProbeResult] = run_kernels_probe,
     version: Callable[[str], str | None] | None = None,
     progress: Callable[[str], None] = lambda _step: None,
 ) -> tuple[Finding, ...]:
@@ -119,6 +120,7 @@ def examine(
     Args:
         environ: The environment from which a runner would be started.
         probe: Queries MLX in a child process with a given environment.
+        kernels_probe: Compiles a kernel in such a process.
         version: Returns the version of a distribution; None if not installed.
         progress: Called with a description of each step before it.
     """
@@ -134,7 +136,7 @@ def examine(
         *_memory(free_memory()),
     ]
     if all(version(name) for name in ("mlx", "mlx-lm")):
-        findings += _mlx(environ, backend, probe, progress)
+        findings += _mlx(environ, backend, probe, kernels_probe, progress)
     return tuple(findings)
 
 
@@ -225,6 +227,7 @@ def _mlx(
     environ: Mapping[str, str],
     backend: Backend,
     probe: Callable[[Mapping[str, str]], ProbeResult],
+    kernels_probe: Callable[[Mapping[str, str]], ProbeResult],
     progress: Callable[[str], None],
 ) -> list[Finding]:
     """Return the findings about MLX in the environment of a runner."""
@@ -237,12 +240,17 @@ def _mlx(
     if result.failure:
         advice = "MLX cannot run here: see the lines above; reinstall the server extra"
         return [Finding("MLX", "error", result.failure, advice)]
+    progress("compiling a kernel")
+    kernels = kernels_probe(measured[0].environment)
     facts = result.facts
     device = facts.get("device") or {}
     name = device.get("device_name") or device.get("architecture") or "unknown device"
     value = f"{facts.get('mlx_version')} on {facts.get('backend')} ({name})"
     names = {"version": facts.get("mlx_version"), "backend": facts.get("backend"), "device": name}
-    findings = [_agreement(value, names, backend), _kernels(facts)]
+    findings = [
+        _agreement(value, names, backend),
+        _kernels({**facts, **kernels.facts}, kernels.failure),
+    ]
     if backend == "cpu":
         is_chosen_by_user = has_blas_in_front(environ)
         finding = _preloaded(measured[0]) if is_chosen_by_user else _blas(measured)
@@ -272,12 +280,13 @@ def _agreement(value: str, facts: Mapping[str, Any], expected: Backend) -> Findi
     return Finding("MLX", "warning", value, advice, facts)
 
 
-def _kernels(facts: Mapping[str, Any]) -> Finding:
+def _kernels(facts: Mapping[str, Any], failure: str) -> Finding:
     compiler = facts.get("compiler")
     if facts.get("kernels_compile"):
         how = f" with {compiler}" if facts.get("backend") == "cpu" else ""
         return Finding("kernel compilation", "ok", f"works{how}")
-    reason = str(facts.get("errors", {}).get("kernels_compile", "failed for an unknown reason"))
+    unknown = failure or "failed for an unknown reason"
+    reason = str(facts.get("errors", {}).get("kernels_compile", unknown))
     if facts.get("backend") != "cpu":
         return Finding("kernel compilation", "error", reason, _CUDA_HEADERS)
     # A runner works without g++ or with a broken one, only slower.

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 PROBE_TIMEOUT_SECONDS = 60.0
 _STDERR_LINES = 5
-_PROBE = ("-P", "-m", "runner_server.mlx_backend.probe", "--gemm")
+_PROBE = ("-P", "-m", "runner_server.mlx_backend.probe")
+_SPEED = (*_PROBE, "--gemm")
+_KERNELS = (*_PROBE, "--kernels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class ProbeResult:
 def run_probe(
     environment: Mapping[str, str],
     *,
-    arguments: Sequence[str] = _PROBE,
+    arguments: Sequence[str] = _SPEED,
     timeout_seconds: float = PROBE_TIMEOUT_SECONDS,
 ) -> ProbeResult:
     """Run the probe with ``--gemm`` in the given environment. Never raises."""
@@ -58,3 +60,11 @@ def run_probe(
         return ProbeResult(facts)
     tail = "\n".join(done.stderr.splitlines()[-_STDERR_LINES:])
     return ProbeResult(failure=f"the probe ended with exit code {done.returncode}:\n{tail}")
+
+
+def run_kernels_probe(environment: Mapping[str, str]) -> ProbeResult:
+    """Run the probe with ``--kernels`` in the given environment. Never raises.
+
+    Compiling takes a second or two, so that measurements of speed leave it out.
+    """
+    return run_probe(environment, arguments=_KERNELS)

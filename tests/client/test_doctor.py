@@ -23,7 +23,7 @@ FACTS: dict[str, Any] = {
     "backend": "cpu",
     "device": {"architecture": "x86_64", "device_name": "Some CPU"},
     "compiler": "/usr/bin/g++",
-    "kernels_compile": True,
+    "kernels_compile": None,
     "blas": "OpenBLAS (libopenblas.so.0)",
     "gemm_gflops": 200.0,
     "errors": {},
@@ -64,11 +64,18 @@ def probing(facts: Mapping[str, Any] = FACTS, stock: Mapping[str, Any] = STOCK) 
     return lambda environment: ProbeResult(facts if environment.get("LD_PRELOAD") else stock)
 
 
-def found(probe: Probe | None = None, missing: tuple[str, ...] = ()) -> dict[str, Finding]:
+def compiling(_environment: Mapping[str, str]) -> ProbeResult:
+    return ProbeResult({**FACTS, "kernels_compile": True, "gemm_gflops": None})
+
+
+def found(
+    probe: Probe | None = None, missing: tuple[str, ...] = (), kernels: Probe = compiling
+) -> dict[str, Finding]:
     """Return the findings by name, with some packages missing."""
     findings = examine(
         environ={},
         probe=probe or probing(),
+        kernels_probe=kernels,
         version=lambda name: None if name in missing else "1.2.3",
     )
     assert len({finding.name for finding in findings}) == len(findings)
@@ -120,7 +127,12 @@ def test_the_choice_is_written_to_the_cache(
     monkeypatch.setattr(doctor, "installed_blas", lambda: (library,))
     monkeypatch.setattr(doctor, "remember", blas_choice.remember)
     environ = {"XDG_CACHE_HOME": str(tmp_path)}
-    examine(environ=environ, probe=probing(), version=lambda _name: "1.2.3")
+    examine(
+        environ=environ,
+        probe=probing(),
+        kernels_probe=compiling,
+        version=lambda _name: "1.2.3",
+    )
     assert blas_choice.recall(environ, (library,)) == Choice(library)
 
 
@@ -153,6 +165,7 @@ def test_a_blas_preloaded_by_the_user_is_kept(gflops: float, status: str) -> Non
         for finding in examine(
             environ={"LD_PRELOAD": "/opt/libmkl_rt.so.2"},
             probe=probing({**FACTS, "blas": "MKL (libmkl_rt.so.2)", "gemm_gflops": gflops}),
+            kernels_probe=compiling,
             version=lambda _name: "1.2.3",
         )
     }
@@ -220,12 +233,19 @@ def test_the_clock_counts_this_process_among_the_busy_time() -> None:
 
 def test_each_step_is_told_before_it() -> None:
     steps: list[str] = []
-    examine(environ={}, probe=probing(), version=lambda _name: "1.2.3", progress=steps.append)
+    examine(
+        environ={},
+        probe=probing(),
+        kernels_probe=compiling,
+        version=lambda _name: "1.2.3",
+        progress=steps.append,
+    )
     assert steps == [
         "examining this machine",
         "measuring OpenBLAS (1 of 2)",
         "measuring MLX's own (2 of 2)",
         "measuring OpenBLAS again",
+        "compiling a kernel",
     ]
 
 
@@ -274,16 +294,34 @@ def test_kernels_that_do_not_compile_are_a_warning(compiler: str | None) -> None
         "kernels_compile": False,
         "errors": {"kernels_compile": "no kernel"},
     }
-    kernels = found(probing(facts))["kernel compilation"]
+    kernels = found(kernels=lambda _environment: ProbeResult(facts))["kernel compilation"]
     assert (kernels.status, kernels.value) == ("warning", "no kernel")
     assert "apt-get install g++" in kernels.advice
     assert (compiler is not None) is ("does not work" in kernels.advice)
 
 
+def test_a_compilation_that_kills_the_probe_is_a_warning() -> None:
+    findings = found(kernels=lambda _environment: ProbeResult(failure="exit code -11:\nSegfault"))
+    kernels = findings["kernel compilation"]
+    assert (kernels.status, kernels.value) == ("warning", "exit code -11:\nSegfault")
+    assert findings["MLX"].status == "ok"
+
+
+def test_kernels_are_compiled_once_with_the_fastest_blas() -> None:
+    environments = []
+
+    def compile_in(environment: Mapping[str, str]) -> ProbeResult:
+        environments.append(environment.get("LD_PRELOAD"))
+        return compiling(environment)
+
+    found(kernels=compile_in)
+    assert environments == [str(OPENBLAS.path)]
+
+
 def test_cuda_kernels_that_do_not_compile_need_headers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "installed_backend", lambda: "cuda")
     facts = {**FACTS, "backend": "cuda", "kernels_compile": False}
-    findings = found(probing(facts, facts))
+    findings = found(probing(facts, facts), kernels=probing(facts, facts))
     assert "nvidia-cuda-runtime" in findings["kernel compilation"].advice
     assert not {"BLAS", "BLAS choice", "weights"} & set(findings)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from runner_client.host.environment import child_environment, find_blas
-from runner_client.host.probe import run_probe
+from runner_client.host.probe import run_kernels_probe, run_probe
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = pytest.mark.mlx
@@ -27,11 +28,15 @@ def test_the_probe_prints_every_fact_in_one_object() -> None:
     assert result.facts["mlx_version"] == metadata.version("mlx")
     assert result.facts["backend"] in {"cpu", "metal", "cuda"}
     assert result.facts["gemm_gflops"] > 0.1
+    assert result.facts["kernels_compile"] is None
 
 
-def test_the_probe_measures_nothing_unless_asked() -> None:
-    result = run_probe(os.environ, arguments=("-P", "-m", "runner_server.mlx_backend.probe"))
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_a_kernel_is_compiled_if_asked() -> None:
+    result = run_kernels_probe(os.environ)
     assert result.failure == ""
+    assert set(result.facts) == KEYS
+    assert result.facts["kernels_compile"] is True
     assert result.facts["gemm_gflops"] is None
 
 
@@ -63,10 +68,7 @@ def test_a_missing_blas_is_not_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_compiler_is_reported(tmp_path: os.PathLike[str]) -> None:
-    result = run_probe(
-        {**os.environ, "PATH": str(tmp_path)},
-        arguments=("-P", "-m", "runner_server.mlx_backend.probe"),
-    )
+    result = run_kernels_probe({**os.environ, "PATH": str(tmp_path)})
     if result.facts["backend"] != "cpu":
         pytest.skip("only MLX on the CPU compiles with g++")
     assert result.facts["compiler"] is None
