@@ -113,12 +113,15 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
-@pytest.fixture
-def socket_dir() -> Iterator[Path]:
+def _socket_dir() -> Iterator[Path]:
     """A fresh directory, with a path short enough for a Unix socket."""
     path = Path(tempfile.mkdtemp(prefix="mr-"))
     yield path
     shutil.rmtree(path)
+
+
+socket_dir = pytest.fixture(_socket_dir, name="socket_dir")
+module_socket_dir = pytest.fixture(_socket_dir, scope="module", name="module_socket_dir")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -21,6 +22,8 @@ from support.chat_answers import Answered, answer
 from support.chat_models import PADDED, add_chat, serving
 from support.harness import Server
 from support.models import VOCAB_SIZE
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 Build = Callable[..., Path]
 TEMPLATE = (
@@ -110,13 +113,14 @@ async def test_a_marker_within_arguments_ends_no_required_call() -> None:
     assert not any(part.content for part in parts)
 
 
-@pytest.fixture
-async def channeled(socket_dir: Path, model_dir: Build, tmp_path: Path) -> AsyncIterator[Server]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def channeled(
+    module_socket_dir: Path, model_dir: Build, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Server]:
     """A server with a model that answers in channels, as its template says."""
-    model = add_chat(
-        model_dir(**PADDED), tmp_path / "model", TOKENS, special=True, template=TEMPLATE
-    )
-    async with serving(socket_dir, model) as server:
+    path = tmp_path_factory.mktemp("channeled") / "model"
+    model = add_chat(model_dir(**PADDED), path, TOKENS, special=True, template=TEMPLATE)
+    async with serving(module_socket_dir, model) as server:
         yield server
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -19,7 +20,7 @@ from support.chat_models import PADDED, TEMPLATE, add_chat, serving
 from support.harness import Server, StartServer, failure
 from support.models import VOCAB_SIZE
 
-pytestmark = pytest.mark.mlx
+pytestmark = [pytest.mark.mlx, pytest.mark.asyncio(loop_scope="module")]
 
 Build = Callable[..., Path]
 BEGIN, END, EOS = VOCAB_SIZE, VOCAB_SIZE + 1, 0
@@ -32,14 +33,18 @@ SORTS: dict[str, tuple[list[str], bool]] = {
 }
 
 
-@pytest.fixture(params=SORTS)
+@pytest_asyncio.fixture(params=SORTS, scope="module", loop_scope="module")
 async def reasoning(
-    request: pytest.FixtureRequest, socket_dir: Path, model_dir: Build, tmp_path: Path
+    request: pytest.FixtureRequest,
+    module_socket_dir: Path,
+    model_dir: Build,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Server]:
     """A server with a model that has markers of reasoning."""
     tokens, special = SORTS[request.param]
-    model = add_chat(model_dir(**PADDED), tmp_path / "model", tokens, special=special)
-    async with serving(socket_dir, model) as server:
+    path = tmp_path_factory.mktemp("reasoning") / "model"
+    model = add_chat(model_dir(**PADDED), path, tokens, special=special)
+    async with serving(module_socket_dir, model) as server:
         yield server
 
 
@@ -122,11 +127,12 @@ async def test_a_batch_gives_the_answers_of_rows_alone(reasoning: Server) -> Non
 
 async def test_a_budget_that_is_not_used_up_changes_nothing(reasoning: Server) -> None:
     bias = {BEGIN: 6.0, END: 6.0}
-    for seed in range(6):
-        plain = await answer(reasoning, bias, seed=seed)
-        used = plain.last.reasoning_eval_count
-        budgeted = await answer(reasoning, bias, seed=seed, reasoning_budget=max(used, 1) + 60)
-        assert budgeted.parts == plain.parts
+    plain = await asyncio.gather(*(answer(reasoning, bias, seed=seed) for seed in range(6)))
+    budgets = [max(found.last.reasoning_eval_count, 1) + 60 for found in plain]
+    budgeted = await asyncio.gather(
+        *(answer(reasoning, bias, seed=i, reasoning_budget=n) for i, n in enumerate(budgets))
+    )
+    assert [found.parts for found in budgeted] == [found.parts for found in plain]
 
 
 async def test_reasoning_that_begins_again_shares_the_budget(reasoning: Server) -> None:
@@ -183,6 +189,7 @@ WRONG: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.asyncio(loop_scope="function")
 @pytest.mark.parametrize("fields", WRONG, ids=["negative", "an end that is excluded"])
 async def test_a_wrong_limit_is_refused(start_server: StartServer, fields: dict[str, Any]) -> None:
     from support.fakes import CHAT_TEMPLATE, THINKING, FakeBackend, chat_format

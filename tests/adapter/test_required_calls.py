@@ -10,6 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import pytest_asyncio
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -19,7 +20,7 @@ from support.chat_models import PADDED, add_chat, serving
 from support.harness import Server, failure
 from support.models import VOCAB_SIZE
 
-pytestmark = pytest.mark.mlx
+pytestmark = [pytest.mark.mlx, pytest.mark.asyncio(loop_scope="module")]
 
 Build = Callable[..., Path]
 EOS = 0
@@ -65,20 +66,22 @@ FORMS: dict[str, tuple[str, list[str], bool]] = {
 }
 
 
-@pytest.fixture(params=FORMS)
+@pytest_asyncio.fixture(params=FORMS, scope="module", loop_scope="module")
 async def calling(
-    request: pytest.FixtureRequest, socket_dir: Path, model_dir: Build, tmp_path: Path
+    request: pytest.FixtureRequest,
+    module_socket_dir: Path,
+    model_dir: Build,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Server]:
     """A server with a model that calls tools in one of the forms."""
     parser, tokens, special = FORMS[request.param]
-    model = add_chat(
-        model_dir(**PADDED), tmp_path / "model", tokens, special=special, parser=parser
-    )
-    async with serving(socket_dir, model, context_length=2048) as server:
+    path = tmp_path_factory.mktemp("calling") / "model"
+    model = add_chat(model_dir(**PADDED), path, tokens, special=special, parser=parser)
+    async with serving(module_socket_dir, model, context_length=2048) as server:
         yield server
 
 
-def test_every_form_is_tested() -> None:
+async def test_every_form_is_tested() -> None:
     # The form of longcat, which is that of json_tools, is tested with the forms without JSON.
     assert {"longcat", *(form for form, _, _ in FORMS.values())} == set(JSON_CALLS)
 
@@ -118,26 +121,22 @@ def calls_of(messages: list[pb.ChatResponse]) -> list[tuple[str, Any]]:
 
 async def test_an_answer_is_valid_calls(calling: Server) -> None:
     assert (await calling.status()).model.capabilities.required_tools
-    tools = TOOLS[:2]
-    names = {
-        name
-        for seed in range(8)
-        for name, _ in calls_of(await answer(calling, seed=seed, tools=tools))
-    }
+    asked = (answer(calling, seed=seed, tools=TOOLS[:2]) for seed in range(8))
+    names = {name for messages in await asyncio.gather(*asked) for name, _ in calls_of(messages)}
     assert len(names) > 1
 
 
 async def test_one_tool_is_called_by_name(calling: Server) -> None:
-    for name in ("turn", "say-it"):
-        for seed in range(2):
-            found = calls_of(await answer(calling, seed=seed, tool_name=name))
-            assert {called for called, _ in found} == {name}
+    named = ["turn", "say-it"] * 2
+    asked = (answer(calling, seed=seed, tool_name=name) for seed, name in enumerate(named))
+    for name, messages in zip(named, await asyncio.gather(*asked), strict=True):
+        assert {called for called, _ in calls_of(messages)} == {name}
 
 
 async def test_calls_may_follow_one_another(calling: Server) -> None:
     # A text that does not want to end.
     bias = {EOS: -60.0, VOCAB_SIZE: -60.0}
-    messages = await answer(calling, seed=1, tool_name="turn", logit_bias=bias)
+    messages = await answer(calling, seed=1, tool_name="turn", logit_bias=bias, num_predict=300)
     if messages[-1].done_reason == pb.DONE_REASON_TOOL_CALLS:
         # Nothing can follow the end of a list of calls.
         calls_of(messages)
