@@ -10,6 +10,7 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from runner_common.interpreter import importing
 from runner_common.signals import (
     end_on_interrupt,
     end_on_stop_signals,
@@ -48,7 +49,7 @@ def main() -> None:
     end_on_interrupt()
     # Delivers a SIGINT that was blocked until now.
     reset_inherited_signals()
-    with _quiet_grpc():
+    with _quiet_grpc(), importing():
         from runner_client.cli import main as command  # noqa: PLC0415 - slow
 
     raise_on_interrupt()

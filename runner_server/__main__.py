@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from runner_common.interpreter import importing
 from runner_common.signals import end_on_stop_signals, reset_inherited_signals
 
 
@@ -12,7 +13,8 @@ def main() -> int:
     # Nothing has been set up yet, so a stop signal can end the process at once.
     end_on_stop_signals(0)
     reset_inherited_signals()
-    from runner_server.launch import run_server  # noqa: PLC0415 - takes a quarter of a second
+    with importing():
+        from runner_server.launch import run_server  # noqa: PLC0415 - takes a quarter of a second
 
     return run_server()
 
