@@ -53,9 +53,13 @@ run: $(VENV)/.installed ## Set everything up and run the demo
 test: $(VENV)/.installed-dev ## Set everything up and run the tests
 	@$(BIN)/python -m pytest $(IN_PARALLEL) $(ARGS)
 
+.PHONY: test-exhaustive
+test-exhaustive: $(VENV)/.installed-dev ## Run the rest of the sweeps of which `make test` runs a sample
+	@$(BIN)/python -m pytest -m exhaustive $(IN_PARALLEL) $(ARGS)
+
 .PHONY: test-fast
 test-fast: $(VENV)/.installed-dev ## Run the tests that need no model and no child process, in under a minute
-	@$(BIN)/python -m pytest -q -m "not mlx and not slow" $(IN_PARALLEL) $(FAST_TESTS) $(ARGS)
+	@$(BIN)/python -m pytest -q -m "not mlx and not slow and not exhaustive" $(IN_PARALLEL) $(FAST_TESTS) $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.installed-dev ## Check style, types, prose, generated code and the protocol's rules

@@ -11,6 +11,7 @@ import pytest
 from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import Dtype, LoadSpec
 from support.rows import Row, run_alone, run_rows
+from support.sweeps import diagonal
 from tools.local_batch import LocalBatch
 from tools.memory.models import scaled, write_model
 
@@ -35,8 +36,10 @@ def _formats(model: LoadedModel) -> dict[str, str]:
 
 
 @ON_CPU
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
-@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("stored", "model_type"),
+    diagonal(["float16", "bfloat16"], ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"]),
+)
 def test_16_bit_experts_are_held_as_float32_on_a_cpu(
     tmp_path: Path, load: Load, model_type: str, stored: str
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import Token
 from support.rows import GREEDY
+from support.sweeps import diagonal
 from tools.local_batch import LocalBatch
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
@@ -31,9 +32,10 @@ def held_bytes(batch: Any) -> int:
     return sum(cache.nbytes for caches in (*rows, executor._decoding._caches) for cache in caches)
 
 
-@pytest.mark.parametrize("shape", ["llama", "qwen3", "gemma3"])
-@pytest.mark.parametrize("prompt_tokens", [3, 200, 600])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("rows", "prompt_tokens", "shape"),
+    diagonal([1, 3], [3, 200, 600], ["llama", "qwen3", "gemma3"]),
+)
 def test_the_estimate_covers_the_real_cache(
     load: Load, model_dir: Build, shape: str, prompt_tokens: int, rows: int
 ) -> None:

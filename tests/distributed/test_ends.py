@@ -13,6 +13,7 @@ import pytest
 from mlxrunner.v1 import runner_pb2 as pb
 from support.rank_processes import DEMO, Ranks, completion, failure_of, problem_of, ranks
 from support.server_child import DEADLINE_SECONDS
+from support.sweeps import sampled
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = pytest.mark.mlx
@@ -61,14 +62,17 @@ Phase = Callable[[Ranks, Path], grpc.Call | None]
 
 @pytest.mark.parametrize(
     ("size", "victim", "phase"),
-    [
-        (2, 1, idle),
-        (2, 1, loading),
-        (2, 1, prefill),
-        (2, 1, decode),
-        (2, 0, decode),
-        (3, 2, idle),
-    ],
+    sampled(
+        [
+            (2, 1, idle),
+            (2, 1, loading),
+            (2, 1, prefill),
+            (2, 1, decode),
+            (2, 0, decode),
+            (3, 2, idle),
+        ],
+        [(2, 1, loading), (2, 1, prefill), (2, 1, decode), (2, 0, decode), (3, 2, idle)],
+    ),
 )
 def test_the_death_of_one_rank_ends_all(
     tmp_path: Path, deep: Path, size: int, victim: int, phase: Phase

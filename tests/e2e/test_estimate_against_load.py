@@ -12,6 +12,7 @@ import pytest
 from runner_client.memory.estimation import estimate
 from runner_client.types import Dtype as ClientDtype
 from runner_common.model_directory import read_model_directory
+from support.sweeps import diagonal
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = pytest.mark.mlx
@@ -46,9 +47,10 @@ def active_bytes() -> int:
     return int(mx.get_active_memory())
 
 
-@pytest.mark.parametrize("bits", [None, 4, 8], ids=["bf16", "4-bit", "8-bit"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", ["as_stored", "float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "bits"),
+    diagonal(["as_stored", "float32", "bfloat16"], [*SHAPES], [None, 4, 8]),
+)
 def test_the_estimate_covers_weights_and_peak(
     model_dir: ModelDir, shape: str, bits: int | None, dtype: ClientDtype
 ) -> None:

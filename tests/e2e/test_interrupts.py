@@ -24,6 +24,7 @@ import psutil
 import pytest
 
 from runner_client.cli.demo import demo_model
+from support.sweeps import sampled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -93,15 +94,18 @@ def _delays(command: str) -> list[float]:
     return [part * (at + numbers.random()) for at in range(TRIES)]
 
 
+COMMANDS = [
+    (("--help",), 0),
+    (("status", "127.0.0.1:1"), 1),
+    (("estimate", MODEL), 0),
+    (("run", MODEL, "import os", "--num-predict", "8"), 0),
+    (("serve",), 0),
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "finished"),
-    [
-        (("--help",), 0),
-        (("status", "127.0.0.1:1"), 1),
-        (("estimate", MODEL), 0),
-        (("run", MODEL, "import os", "--num-predict", "8"), 0),
-        (("serve",), 0),
-    ],
+    sampled(COMMANDS, [COMMANDS[0], *COMMANDS[3:]]),
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_a_command_ends_with_130_at_any_moment(arguments: tuple[str, ...], finished: int) -> None:

@@ -20,6 +20,7 @@ from mlxrunner.v1 import runner_pb2_grpc
 from runner_common.contract import HEALTH_SERVICES
 from runner_common.handshake import ReadyLine
 from support.server_child import BREAK_STEPS, COMPUTE, DEADLINE_SECONDS, SLOW_LOAD, Child, running
+from support.sweeps import diagonal
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = pytest.mark.mlx
@@ -113,8 +114,7 @@ def test_nothing_slow_is_imported_before_the_ready_line() -> None:
     assert slow & set(done.stdout.split()) == set()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("phase", "number"), diagonal(PHASES, [signal.SIGINT, signal.SIGTERM]))
 def test_a_signal_stops_the_server_in_order(
     tmp_path: Path, socket_dir: Path, deep: Path, phase: Phase, number: signal.Signals
 ) -> None:

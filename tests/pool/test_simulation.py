@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from support.pool_simulation import Scenario, Simulation
+from support.sweeps import diagonal
 
 SEEDS = range(15)
 
@@ -19,9 +20,9 @@ def run(scenario: Scenario) -> tuple[Counter[str], list[Simulation]]:
     return total, simulations
 
 
-@pytest.mark.parametrize("rate", [0.2, 1.0, 5.0])
-@pytest.mark.parametrize("budget", [100, None])
-@pytest.mark.parametrize("spares", [0, 2])
+@pytest.mark.parametrize(
+    ("spares", "budget", "rate"), diagonal([0, 2], [100, None], [0.2, 1.0, 5.0])
+)
 def test_promises_hold_through_deaths_pressure_and_pins(
     rate: float, budget: int | None, spares: int
 ) -> None:
@@ -35,8 +36,7 @@ def test_promises_hold_through_deaths_pressure_and_pins(
     assert counts["request"] == sum(counts[name] for name in ends)
 
 
-@pytest.mark.parametrize("rate", [0.2, 1.0, 5.0])
-@pytest.mark.parametrize("spares", [0, 2])
+@pytest.mark.parametrize(("spares", "rate"), diagonal([0, 2], [0.2, 1.0, 5.0]))
 def test_no_request_waits_beyond_the_bound(rate: float, spares: int) -> None:
     counts, simulations = run(Scenario(arrivals_per_second=rate, is_calm=True, spares=spares))
     assert counts["eviction to make room"] > len(SEEDS)

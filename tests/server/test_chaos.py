@@ -12,6 +12,7 @@ import pytest
 from mlxrunner.v1 import runner_pb2 as pb
 from support.fakes import DEADLINE_SECONDS
 from support.harness import Server, StartServer, eventually, problem_of
+from support.sweeps import sampled
 
 EXPECTED = {
     "MODEL_NOT_LOADED",
@@ -81,7 +82,7 @@ class Visitor:
         await self.server.complete(temperature=-1.0)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", sampled([1, 2, 3], [1]))
 async def test_random_calls_from_many_clients_leave_nothing(
     start_server: StartServer, seed: int
 ) -> None:
