@@ -67,7 +67,7 @@ def _alone(model: LoadedModel, rows: list[Row]) -> list[list[int]]:
 def test_rows_generate_the_same_tokens_batched_as_alone(
     trained: LoadedModel, samplings: list[Sampling], spacing: int
 ) -> None:
-    rows = _rows(trained, samplings, 24)
+    rows = _rows(trained, samplings, 16)
     for i, row in enumerate(rows):
         row.late = i * spacing
     assert run_together(trained, rows) == _alone(trained, rows)
@@ -76,9 +76,9 @@ def test_rows_generate_the_same_tokens_batched_as_alone(
 def test_a_row_may_join_at_any_step(trained: LoadedModel) -> None:
     long = trained.codec.encode(PROMPTS[0], as_prompt=True)
     other = trained.codec.encode(PROMPTS[7], as_prompt=True)
-    expected = [run_alone(trained, Row(long, 30)), run_alone(trained, Row(other, 5))]
+    expected = [run_alone(trained, Row(long, 20)), run_alone(trained, Row(other, 5))]
     for late in range(0, 12, 2):
-        rows = [Row(long, 30), Row(other, 5, late=late)]
+        rows = [Row(long, 20), Row(other, 5, late=late)]
         assert run_together(trained, rows) == expected
 
 

@@ -110,7 +110,7 @@ def test_the_costliest_options_stay_within_the_limit(load: Load, model_dir: Buil
     usual = mx.set_memory_limit(others + model.info.limit_bytes)
     mx.reset_peak_memory()
     try:
-        run_rows(LocalBatch.of(model), [Row([1, 2, 3 + row], 30, costly) for row in range(8)])
+        run_rows(LocalBatch.of(model), [Row([1, 2, 3 + row], 10, costly) for row in range(8)])
     finally:
         mx.set_memory_limit(usual)
     assert mx.get_peak_memory() - others <= model.info.limit_bytes
