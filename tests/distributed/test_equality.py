@@ -183,8 +183,8 @@ QUANTIZABLE = {**THREE_HEADS, "hidden_size": 192, "intermediate_size": 384, "hea
 """Sizes with whole groups of 32 weights for each of three ranks."""
 
 SHORT = [
-    completion("def main(", temperature=0, num_predict=8),
-    completion([id_ % 500 for id_ in LONG[:150]], seed=4, num_predict=8),
+    completion("def main(", temperature=0, num_predict=6),
+    completion([id_ % 500 for id_ in LONG[:150]], seed=4, num_predict=6),
 ]
 
 

@@ -126,13 +126,11 @@ async def test_the_estimate_counts_the_process_of_chat_templates(
 async def test_the_memory_limit_holds_under_load(model_dir: Build) -> None:
     """A lower limit runs fewer requests at once; the memory of MLX stays within the limit."""
     path = model_dir(**WIDE)
-    with RunnerProcess(str(path), parallel=8, context_length=CONTEXT) as full:
-        limit = full.status().memory_usage.limit_bytes
-    lower = limit - 12 * MIB
     async with (
         AsyncRunnerProcess(str(path), parallel=8, context_length=CONTEXT) as runner,
         AsyncRunnerClient(runner.address or "", token=runner.token) as client,
     ):
+        lower = (await runner.status()).memory_usage.limit_bytes - 12 * MIB
         await client.load(str(path), parallel=8, context_length=CONTEXT, memory_limit_bytes=lower)
         for seed in range(2):
             await fill(runner, 8, seed)

@@ -285,10 +285,10 @@ def test_proxy_variables_are_ignored(tmp_path: Path, model_dir: Build) -> None:
         assert list(child.complete(2))[-1].eval_count == 2
 
 
-def test_unload_frees_the_memory(tmp_path: Path, deep: Path) -> None:
+def test_unload_frees_the_memory(tmp_path: Path, model_dir: Build) -> None:
     with running(tmp_path) as child:
         for _ in range(2):
-            child.load(deep)
+            child.load(model_dir())
             held = child.status()
             assert held.memory_usage.active_bytes >= held.model.weight_bytes
             assert list(child.complete(20))[-1].done

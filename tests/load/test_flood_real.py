@@ -20,10 +20,10 @@ pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)"
 pytestmark = pytest.mark.mlx
 
 MODEL = Path(__file__).parents[2] / "runner_server" / "demo" / "model"
-CONNECTIONS = 200
-QUEUED = 150
+CONNECTIONS = 120
+QUEUED = 80
 PARALLEL = 8
-REQUESTS = 300
+REQUESTS = 180
 TOKENS = 12
 
 RETRY_FACTOR = 4.0
