@@ -80,10 +80,15 @@ class LocalBatch:
         self.executor.close()
 
 
-def start_alone(model: LoadedModel, prompt_ids: Sequence[int], sampling: Sampling) -> Executor:
+def start_alone(
+    model: LoadedModel,
+    prompt_ids: Sequence[int],
+    sampling: Sampling,
+    matcher: Matcher | None = None,
+) -> Executor:
     """Return an executor whose row 0 has its whole prompt in the caches and joins next."""
     executor = model.new_executor()
-    executor.add(0, prompt_ids, sampling, CachePolicy(writes=False))
+    executor.add(0, prompt_ids, sampling, CachePolicy(writes=False), matcher)
     count = len(prompt_ids) - 1
     executor.run(PrefillItem((PromptChunk(0, 0, count, is_stored=False),)))
     return executor

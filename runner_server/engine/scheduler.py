@@ -112,8 +112,7 @@ class Scheduler:
                     spec.prompt_ids,
                     spec.cache_policy,
                     needs_logits=spec.sampling.prompt_logprobs is not None,
-                    # The masks of drafted tokens would depend on each other.
-                    max_drafted=0 if request.matcher else spec.max_tokens,
+                    max_drafted=spec.max_tokens,
                 )
                 admitted.append(request)
         return admitted

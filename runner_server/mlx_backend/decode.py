@@ -31,7 +31,8 @@ from runner_server.mlx_backend.cache.row_caches import (
     merge,
     view,
 )
-from runner_server.mlx_backend.constraints.matcher import RowMatcher
+from runner_server.mlx_backend.constraints.matcher import GrammarMatcher, RowMatcher
+from runner_server.mlx_backend.draft_drawing import DraftDrawing, matchers_of_draft
 from runner_server.mlx_backend.drawing import Agree, Drawing
 from runner_server.mlx_backend.in_flight import InFlightStep
 from runner_server.mlx_backend.sampling.constrained import ConstrainedSampler
@@ -231,24 +232,27 @@ class DecodeBatch:
             draft: The tokens to expect after those reported.
 
         Returns:
-            None if the token in flight differs from the draft, or if a number is not finite, which
-            may be due to a wrong token of the draft. Nothing has changed then.
+            None if the token in flight differs from the draft, if the row's constraint excludes the
+            draft, or if a number is not finite, which may be due to a wrong token of the draft.
+            Nothing has changed then.
         """
         (row,) = self.rows
         previous = self._in_flight
         ((value, is_finite),) = previous.read()
         if row.is_unreported:
             draft = draft[1:] if value == draft[0] else ()
+        matchers: Sequence[GrammarMatcher] = ()
+        if row.matcher:
+            unread = [value] if row.is_unreported else []
+            matchers = matchers_of_draft(row.matcher, unread, draft)
+            draft = draft[: max(0, len(matchers) - 1)]
         if not (draft and is_finite):
             return None
         ids = [value, *draft]
-        inputs = mx.array(ids, dtype=mx.uint32)
-        logits = self._model(inputs[None], cache=self._caches)[0]
-        histories = [[*row.tokens, *ids[:index]] for index in range(len(ids))]
-        positions = range(row.drawn, row.drawn + len(ids))
-        step, logprobs = self._drawing_of(len(ids))(logits, histories, inputs, positions)
+        logits = self._model(mx.array([ids], dtype=mx.uint32), cache=self._caches)[0]
+        step, logprobs = self._draft_drawing(logits, row.tokens, ids, row.drawn, matchers)
         drawn = step.read()
-        if not all(is_finite for _, is_finite in drawn):
+        if not all(is_finite for _, is_finite in drawn) or any(each.failure for each in matchers):
             cut_back(self._caches, len(ids))
             return None
         accepted = 0
@@ -263,14 +267,6 @@ class DecodeBatch:
             events.append(self._event(row, *drawn[index], is_drafted=index < accepted))
         self._in_flight = InFlightStep.known([drawn[accepted][0]], [True])
         return CheckedDraft(events, len(draft))
-
-    def _drawing_of(self, count: int) -> Drawing:
-        """Return the drawing of ``count`` tokens of the only row, as if each were a row."""
-        if count not in self._drawings:
-            options = [self.rows[0].sampling] * count
-            sampler = Sampler(options, self._vocab_size)
-            self._drawings[count] = Drawing(options, sampler, self._agree)
-        return self._drawings[count]
 
     def _draw(
         self, logits: mx.array, inputs: mx.array
@@ -352,8 +348,9 @@ class DecodeBatch:
             self._mask_rows.clear()
             sampler = Sampler(options, self._vocab_size)
         self._drawing = Drawing(options, sampler, self._agree)
-        # By the number of tokens drawn together for the only row.
-        self._drawings: dict[int, Drawing] = {}
+        if len(options) == 1:
+            (own,) = options
+            self._draft_drawing = DraftDrawing(own, self._vocab_size, self._mask_rows, self._agree)
 
 
 def _inputs_of(rows: Sequence[Row]) -> InFlightStep:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from adapter.test_constraints import KINDS, matcher, row
 from adapter.test_finite import POISON, poisoned_dir
 from runner_server.engine.backend import LoadedModel
-from runner_server.engine.types import NotFinite, Sampling, Token
+from runner_server.engine.types import Constraint, NotFinite, Sampling, Token
 from runner_server.engine.work import DecodeItem
 from support.harness import Server, running, tokens
 from support.logprobs import assert_logprobs_close
@@ -47,19 +48,25 @@ def _prompt(model: LoadedModel) -> list[int]:
     return model.codec.encode(text * 3, as_prompt=True)
 
 
-def _compare(model: LoadedModel, prompt: Sequence[int], sampling: Sampling) -> None:
-    """Compare a row without drafts and one with drafts that are wrong here and there."""
-    expected, _ = decode_with_drafts(start_alone(model, prompt, sampling), COUNT + 8, lambda _: ())
-    ids = [token.token_id for token in expected]
+def _wrong_here_and_there(model: LoadedModel, ids: Sequence[int]) -> Callable[[int], list[int]]:
+    """Return a function that drafts what follows the first tokens of a text, often with a fault."""
     pick = random.Random(1)  # noqa: S311 - chooses drafts
 
     def draft(done: int) -> list[int]:
-        drafted = ids[done : done + pick.randrange(8)]
+        drafted = list(ids[done : done + pick.randrange(8)])
         if drafted and pick.random() < 0.6:
             wrong = pick.randrange(len(drafted))
             drafted[wrong] = (drafted[wrong] + 1) % model.info.vocab_size
         return drafted
 
+    return draft
+
+
+def _compare(model: LoadedModel, prompt: Sequence[int], sampling: Sampling) -> None:
+    """Compare a row without drafts and one with drafts that are wrong here and there."""
+    expected, _ = decode_with_drafts(start_alone(model, prompt, sampling), COUNT + 8, lambda _: ())
+    ids = [token.token_id for token in expected]
+    draft = _wrong_here_and_there(model, ids)
     tokens, drafted = decode_with_drafts(start_alone(model, prompt, sampling), COUNT, draft)
     assert 0 < sum(token.is_drafted for token in tokens) < drafted
     if sampling.logprobs is None:
@@ -75,6 +82,23 @@ def test_right_and_wrong_drafts_leave_the_tokens_as_they_are(
     trained: LoadedModel, sampling: Sampling
 ) -> None:
     _compare(trained, _prompt(trained), sampling)
+
+
+@pytest.mark.parametrize("constraint", KINDS, ids=lambda each: each.kind)
+def test_constraints_apply_to_each_drafted_token(
+    trained: LoadedModel, constraint: Constraint
+) -> None:
+    sampling = Sampling(seed=2, top_k=0, top_p=1.0, logprobs=1)
+    plain = row(trained, constraint, sampling)
+    run_together(trained, [plain])
+    draft = _wrong_here_and_there(trained, plain.ids)
+    own = start_alone(trained, plain.prompt, sampling, matcher(trained, constraint))
+    tokens, drafted = decode_with_drafts(own, len(plain.ids), draft)
+    assert [token.token_id for token in tokens] == plain.ids
+    # A wrong token that the constraint excludes ends the draft before it is checked.
+    accepted = sum(token.is_drafted for token in tokens)
+    assert accepted <= drafted
+    assert accepted or len(plain.ids) < 4
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3"])

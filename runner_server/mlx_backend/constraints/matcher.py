@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from copy import copy
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -12,17 +13,22 @@ _MAX_REASON_CHARS = 200
 
 
 class RowMatcher(Protocol):
-    """What limits the tokens of a row.
+    """What limits the tokens of a row."""
 
-    Attributes:
-        inner: llguidance's matcher of the next token; None if ``mask`` has the tokens.
-        mask: Bits of the allowed tokens; None if ``inner`` has them.
-        also: A token that is allowed in addition to those of ``inner``.
-    """
+    @property
+    def inner(self) -> LLMatcher | None:
+        """Llguidance's matcher of the next token; None if ``mask`` has the tokens."""
+        ...
 
-    inner: LLMatcher | None
-    mask: array[int] | None
-    also: int | None
+    @property
+    def mask(self) -> array[int] | None:
+        """Bits of the allowed tokens; None if ``inner`` has them."""
+        ...
+
+    @property
+    def also(self) -> int | None:
+        """A token that is allowed in addition to those of ``inner``."""
+        ...
 
     def consume(self, token_id: int) -> None:
         """Advance by a token."""
@@ -31,6 +37,10 @@ class RowMatcher(Protocol):
     @property
     def failure(self) -> str:
         """Why no token can continue the text; empty if one can."""
+        ...
+
+    def fork(self) -> GrammarMatcher | None:
+        """Return a matcher that continues the same text; None if a grammar is not all there is."""
         ...
 
 
@@ -66,6 +76,12 @@ class GrammarMatcher:
     def failure(self) -> str:
         """Why no token can continue the text; empty if one can."""
         return first_line(self.inner.get_error()) if self.inner.is_error() else ""
+
+    def fork(self) -> GrammarMatcher:
+        """Return a matcher that continues the same text, in 2 us."""
+        other = copy(self)
+        other.inner = self.inner.deep_copy()
+        return other
 
     @property
     def is_satisfied(self) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from runner_server.chat.reasoning import Reasoning
     from runner_server.mlx_backend.constraints.grammars import CompiledGrammar
+    from runner_server.mlx_backend.constraints.matcher import GrammarMatcher
     from runner_server.mlx_backend.tokenizer.codec import FastCodec
 
 _WORD_BITS = 32
@@ -295,6 +296,10 @@ class ReasoningMatcher:
     def failure(self) -> str:
         """Why no token can continue the text; empty if one can."""
         return self._answer.failure if self._answer and self.inner else ""
+
+    def fork(self) -> GrammarMatcher | None:
+        """Return a matcher that continues the answer; None before the answer, or without one."""
+        return self._answer.fork() if self._answer and self._stage is _Stage.ANSWER else None
 
     @property
     def is_satisfied(self) -> bool | None:
