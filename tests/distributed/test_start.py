@@ -23,6 +23,7 @@ from runner_client.cli import serve
 from runner_common.handshake import ReadyLine
 from runner_server.config import parse_args
 from runner_server.launch_ranks import _host_of_rank_0
+from support.patient_ring import patience
 from support.rank_processes import DEMO, completion
 from support.server_child import DEADLINE_SECONDS
 
@@ -51,6 +52,7 @@ def test_mlx_launch_starts_ranks_that_end_together(tmp_path: Path) -> None:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
+            env={**os.environ, **patience()},
         )
     assert launcher.stdout
     try:

@@ -20,6 +20,7 @@ from grpc_status import rpc_status
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_client.host.environment import child_environment
+from support.patient_ring import patience
 from support.server_child import DEADLINE_SECONDS, Child
 
 DEMO = Path(__file__).parents[2] / "runner_server/demo/model"
@@ -43,7 +44,7 @@ class Ranks:
     def __init__(
         self, folder: Path, size: int, *args: str, follower_args: Sequence[str] = ()
     ) -> None:
-        env = {"MLX_HOSTFILE": str(_hostfile(folder, size))}
+        env = {"MLX_HOSTFILE": str(_hostfile(folder, size)), **patience()}
         self.logs = [folder / f"rank{rank}.log" for rank in range(size)]
         self.followers: list[subprocess.Popen[bytes]] = []
         try:
