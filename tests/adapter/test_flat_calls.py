@@ -20,7 +20,7 @@ from runner_server.chat.format import FLAT_CALLS, AnswerFormat
 from runner_server.chat.renderer import ChatRenderer
 from runner_server.engine.types import TOOL_CALLS, Constraint
 from runner_server.errors import InvalidField
-from runner_server.mlx_backend.constraints.flat_calls import FORMS
+from runner_server.mlx_backend.constraints.flat_forms import FORMS
 from runner_server.mlx_backend.constraints.grammars import GrammarCache
 from runner_server.mlx_backend.tokenizer.codec import FastCodec
 from runner_server.mlx_backend.upstream.answer_markers import answer_format
@@ -49,13 +49,65 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "say": {"properties": {"words": {"type": "string"}}},
     "stop": {},
 }
-TOOLS = [
-    {"type": "function", "function": {"name": name, "parameters": schema}}
-    for name, schema in SCHEMAS.items()
-]
+NULL = {"type": "null"}
+TEXTS = {"type": "array", "items": {"type": "string"}}
+LISTS: dict[str, dict[str, Any]] = {
+    "names": {**TEXTS, "minItems": 1, "maxItems": 3},
+    "sides": {"type": "array", "items": {"type": "string", "enum": ["left", "far right"]}},
+    "sizes": {"type": "array", "items": {"type": "integer"}, "minItems": 2},
+    "rows": {"type": "array", "items": {"type": "array", "items": {"type": "boolean"}}},
+    "others": {"anyOf": [TEXTS, NULL], "default": None},
+}
+"""Arguments that are lists."""
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "note": {"anyOf": [{"type": "string"}, NULL], "default": None},
+    "side": {"anyOf": [NULL, {"type": "string", "enum": ["left", "far right"]}]},
+    "tag": {"type": ["string", "null"], "title": "Tag"},
+    "kind": {"type": ["null", "string"], "enum": ["a", "b c", None]},
+    "size": {"type": ["integer", "null"], "maximum": 9},
+    "sure": {"type": ["boolean", "null"]},
+    "speed": {"anyOf": [{"type": "number", "minimum": 0, "maximum": 9}, NULL]},
+    "word": {"type": ["string"]},
+}
+"""Arguments that may be null."""
+
+
+def schemas_of(form: str) -> dict[str, dict[str, Any]]:
+    """Return the schemas of tools that a form can call."""
+    found = {**OTHERS, **LISTS}
+    if form == "qwen3_coder":
+        del found["speed"]
+    if form == "function_gemma":
+        found = OTHERS
+    return {**SCHEMAS, "more": {"properties": found, "required": [*found][::2]}}
+
+
 XTML = ["<|close|>", "<|open|>", "<|sep|>", "<|end_of_msg|>"]
 TRAPS = [
-    *("null", "NULL", "\n", " ", "]]>", "<![CDATA[", "<", "}", '"', "'", "\\", ",", "\x00", "\r"),
+    *(
+        "null",
+        "NULL",
+        "none",
+        "nil",
+        "True",
+        "5",
+        "[1]",
+        "{",
+        "\x1c",
+        "\n",
+        " ",
+        "]]>",
+        "<![CDATA[",
+        "<",
+        "}",
+        '"',
+        "'",
+        "\\",
+        ",",
+        "\x00",
+        "\r",
+    ),
     *("</function>", "</tool_call>", "<tool_call>", "<function=f>", "</invoke>", "</param>"),
     *("</parameter>", "</arg_value>", "<arg_key>", "<escape>", '<|"|>', "<tool_call|>"),
     *("<end_function_call>", "<|tool_call_end|>", "</minimax:tool_call>", ")]", "\u2028"),
@@ -125,9 +177,13 @@ async def renderer() -> AsyncIterator[ChatRenderer]:
 
 async def read(renderer: ChatRenderer, form: str, text: str) -> tuple[ToolCall, ...]:
     """Return the calls of an answer, which has nothing else."""
-    format_ = format_of(form)
-    parse = partial(renderer.parse_calls, format_.tool_parser, TOOLS)
-    part = await Answer(format_, "", parse, required=[*SCHEMAS]).add([*text], is_last=True)
+    format_, schemas = format_of(form), schemas_of(form)
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": schema}}
+        for name, schema in schemas.items()
+    ]
+    parse = partial(renderer.parse_calls, format_.tool_parser, tools)
+    part = await Answer(format_, "", parse, required=[*schemas]).add([*text], is_last=True)
     assert (part.content.strip(), part.reasoning) == ("", ""), text
     return part.tool_calls
 
@@ -136,21 +192,39 @@ async def read(renderer: ChatRenderer, form: str, text: str) -> tuple[ToolCall, 
 async def test_all_texts_of_the_grammar_read_back_as_valid_calls(
     renderer: ChatRenderer, codec: FastCodec, form: str
 ) -> None:
-    constraint = constraint_of(form, SCHEMAS)
-    for seed in range(5):
+    schemas = schemas_of(form)
+    constraint = constraint_of(form, schemas)
+    for seed in range(3):
         text = written(codec, constraint, seed)
         calls = await read(renderer, form, text)
         assert calls, text
         assert len(calls) == text.count(format_of(form).call_markers[1]), text
         for call in calls:
-            schema = {"type": "object", **SCHEMAS[call.name]}
+            schema = {"type": "object", **schemas[call.name]}
             jsonschema.validate(json.loads(call.arguments), schema)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "an array": ({"x": {"type": "array", "items": {}}}, "at #/properties/x: not supported: "),
+    "an object": ({"x": {"type": "object"}}, "at #/properties/x: not supported: "),
+    "any list": ({"x": {"type": "array", "items": {}}}, "at #/properties/x/items: not supported: "),
+    "a list of objects": (
+        {"x": {"type": "array", "items": {"type": "object"}}},
+        "at #/properties/x/items: not supported: ",
+    ),
+    "a list of different values": (
+        {"x": {**TEXTS, "uniqueItems": True}},
+        "at #/properties/x: not supported in this model's calls: uniqueItems",
+    ),
+    "a list of texts by a pattern": (
+        {"x": {"type": "array", "items": {"type": "string", "pattern": "a"}}},
+        "at #/properties/x/items: not supported in this model's calls: pattern",
+    ),
     "any value": ({"x": {}}, "at #/properties/x: not supported: "),
-    "several types": ({"x": {"type": ["string", "null"]}}, "at #/properties/x: not supported: "),
+    "several types": ({"x": {"type": ["string", "integer"]}}, "at #/properties/x: not supported: "),
+    "several parts": (
+        {"x": {"anyOf": [{"type": "string"}, {"type": "integer"}, NULL]}},
+        "at #/properties/x: not supported: ",
+    ),
     "a pattern": (
         {"x": {"type": "string", "pattern": "a"}},
         "at #/properties/x: not supported in this model's calls: pattern",
@@ -182,6 +256,41 @@ def test_a_schema_is_refused_by_its_place(form: str, name: str) -> None:
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}, **properties}}
     constraint = constraint_of(form, {"stop": {}, "f": schema})
     assert_refused(constraint, "tools[1].parameters", words)
+
+
+OF_FORMS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a list": ("function_gemma", TEXTS, "not supported: this model's calls have no lists"),
+    "lists of texts": (
+        "gemma4",
+        {"type": "array", "items": TEXTS},
+        "not supported: ",
+    ),
+    "no list": ("pythonic", {**TEXTS, "minItems": 3, "maxItems": 2}, "minItems to maxItems"),
+    "a number read as a text": (
+        "qwen3_coder",
+        {"anyOf": [{"type": "number"}, NULL]},
+        'this model\'s calls cannot be read with null in this way; use "type": ["number", "null"]',
+    ),
+    "a list read as a literal": (
+        "qwen3_coder",
+        {**TEXTS, "type": ["array", "null"]},
+        "this model's calls cannot be read with null in this way; use anyOf",
+    ),
+    "a text read as null": (
+        "minimax_m2",
+        {"type": ["string", "null"], "enum": ["a", "None", None]},
+        'this model\'s calls cannot write "None" with null',
+    ),
+}
+"""Arguments that one form cannot write or read, and others can."""
+
+
+@pytest.mark.parametrize("name", OF_FORMS)
+def test_an_argument_is_refused_by_the_form(name: str) -> None:
+    form, argument, words = OF_FORMS[name]
+    place = "#/properties/x/items/items" if name == "lists of texts" else "#/properties/x"
+    constraint = constraint_of(form, {"f": {"properties": {"x": argument}}})
+    assert_refused(constraint, "tools[0].parameters", f"at {place}: {words}")
 
 
 def assert_refused(constraint: Constraint, field: str, words: str) -> None:

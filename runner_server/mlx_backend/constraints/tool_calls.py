@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from runner_server.chat import gpt_oss
 from runner_server.errors import InvalidField
 from runner_server.mlx_backend.constraints import flat_calls
+from runner_server.mlx_backend.constraints.flat_forms import FORMS
 from runner_server.mlx_backend.constraints.sources import MODEL_SPLITS, json_rule, read_schema
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def calls_grammar(constraint: Constraint, tools: Sequence[CallableTool], codec: 
     else:
         start = _FORMS[form](write, begin, end)
     rules = [start, "tool: " + " | ".join(f"tool{i}" for i in range(len(tools)))]
-    if flat := flat_calls.FORMS.get(form):
+    if flat := FORMS.get(form):
         text = functools.cache(write.text)
         rules += flat_calls.text_rules(flat, text)
         for i, tool in enumerate(tools):
@@ -156,7 +157,7 @@ def _flat(write: _Writer, begin: str, end: str) -> str:
 
 
 _FORMS = {
-    **dict.fromkeys(flat_calls.FORMS, _flat),
+    **dict.fromkeys(FORMS, _flat),
     gpt_oss.NAME: _gpt_oss,
     "json_tools": _json_tools,
     "kimi_k2": _kimi,
