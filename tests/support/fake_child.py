@@ -13,10 +13,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+import runner_client
+
 _SCRIPT = """
-import math, os, signal, sys, threading
+import gc, math, os, signal, sys, threading, types
+gc.disable()
+# Only the fake, without the library around it, whose import takes as long again.
+package = types.ModuleType("runner_client")
+package.__path__ = [{package!r}]
+sys.modules["runner_client"] = package
 from runner_common.handshake import ReadyLine
 from runner_client.testing import Failure, fake_runner
+gc.enable()
 
 stop = threading.Event()
 signal.signal(signal.SIGINT, lambda *_: stop.set())
@@ -46,7 +54,8 @@ def use_fake_child(monkeypatch: pytest.MonkeyPatch, behaviour: str = "pass") -> 
         behaviour: Python statements that configure ``runner``, a ``FakeRunner``.
     """
     lines = "\n".join(f"    {line}" for line in behaviour.splitlines())
-    use_script(monkeypatch, _SCRIPT.format(behaviour=lines))
+    package = str(Path(runner_client.__file__).parent)
+    use_script(monkeypatch, _SCRIPT.format(package=package, behaviour=lines))
 
 
 def use_script(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
