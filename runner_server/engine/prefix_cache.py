@@ -158,6 +158,29 @@ class PrefixCache(Generic[S, T]):
         segments = [self._segment_part(node, length) for node, length in path]
         return sum(length for _, length in path), segments, snapshot
 
+    def peek(self, tokens: Sequence[int], start: int, salt: str = "") -> list[S] | None:
+        """Return the segments of a prefix from a token on, without touching its nodes.
+
+        Args:
+            tokens: The prefix.
+            start: Number of leading tokens to leave out.
+            salt: The tree to look in.
+
+        Returns:
+            The segments in order; None if not all of the prefix is cached.
+        """
+        segments = []
+        at = 0
+        for node, length in self._walk(array("i", tokens), salt):
+            first = max(start - at, 0)
+            if first < length:
+                is_whole = first == 0 and length == len(node.tokens)
+                segments.append(
+                    node.segment if is_whole else self._ops.cut(node.segment, first, length)
+                )
+            at += length
+        return segments if at == len(tokens) else None
+
     def insert(
         self,
         tokens: Sequence[int],
