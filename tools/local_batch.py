@@ -26,7 +26,7 @@ class LocalBatch:
 
     def __init__(self, executor: Executor, limits: PrefillLimits, max_draft: int = 0) -> None:
         self.executor = executor
-        self._planner = BatchPlanner(limits, executor.find_prefix, max_draft)
+        self._planner = BatchPlanner(limits, executor.find_prefix, max_draft, executor.find_on_disk)
 
     @classmethod
     def of(cls, model: LoadedModel) -> LocalBatch:

@@ -27,7 +27,7 @@ from runner_server.engine.types import (
     ModelInfo,
     Sampling,
 )
-from runner_server.engine.work import PrefillItem, WorkItem, WorkReport
+from runner_server.engine.work import DecodeItem, PrefillItem, WorkItem, WorkReport
 from runner_server.errors import RunnerFault
 
 _POLL_SECONDS = 0.1
@@ -224,6 +224,13 @@ class LeaderModel:
         self._hub.broadcast(msg.LimitPrefixCache(limit_bytes))
         self._model.limit_prefix_cache(limit_bytes)
 
+    def save_prefixes(self, *, is_idle: bool) -> bool:  # noqa: ARG002 - has none
+        """Return False: ranks have no prefix cache on disk."""
+        return False
+
+    def close(self) -> None:
+        """Do nothing: ranks have no prefix cache on disk."""
+
     @property
     def max_draft(self) -> int:
         """Most tokens of a draft; see ``LoadedModel.max_draft``: ranks get no drafts."""
@@ -272,6 +279,10 @@ class LeaderExecutor:
         """Look a prompt up on this rank; see ``Executor.find_prefix``."""
         return self._executor.find_prefix(prompt_ids, salt)
 
+    def find_on_disk(self, _prompt_ids: Sequence[int], _salt: str) -> int:
+        """Return 0: ranks have no prefix cache on disk."""
+        return 0
+
     def run(self, item: WorkItem) -> WorkReport:
         """Run a work item on every rank; see ``Executor.run``."""
         with self._sent_to_followers(_message_of(item)):
@@ -306,4 +317,6 @@ class LeaderExecutor:
 def _message_of(item: WorkItem) -> msg.FromLeader:
     if isinstance(item, PrefillItem):
         return msg.RunPrefill(item.chunks)
-    return msg.RunDecode(item.joining, item.expected)
+    if isinstance(item, DecodeItem):
+        return msg.RunDecode(item.joining, item.expected)
+    raise TypeError("ranks have no prefix cache on disk")

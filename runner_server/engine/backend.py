@@ -192,6 +192,10 @@ class Executor(Protocol):
         """Return the length of the longest prefix of a prompt among the entries of a salt."""
         ...
 
+    def find_on_disk(self, prompt_ids: Sequence[int], salt: str) -> int:
+        """Return the number of leading tokens of a prompt on disk, without a read."""
+        ...
+
     def run(self, item: WorkItem) -> WorkReport:
         """Run a work item.
 
@@ -237,6 +241,21 @@ class LoadedModel(Protocol):
 
     def limit_prefix_cache(self, limit_bytes: int) -> None:
         """Change the byte budget of the prefix cache, evicting entries to meet the budget."""
+        ...
+
+    def save_prefixes(self, *, is_idle: bool) -> bool:
+        """Copy a part of the prefix cache for the writer of the disk.
+
+        Args:
+            is_idle: Whether to wait some milliseconds for that thread.
+
+        Returns:
+            False if there is nothing to write.
+        """
+        ...
+
+    def close(self) -> None:
+        """Write the rest of the prefix cache to disk, for at most two seconds."""
         ...
 
     @property

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runner_server.engine.prefill_queue import FindPrefix, PrefillLimits, PrefillQueue
+from runner_server.engine.prefill_queue import (
+    FindOnDisk,
+    FindPrefix,
+    PrefillLimits,
+    PrefillQueue,
+    find_nothing,
+)
 from runner_server.engine.speculation.drafting import Drafting
 from runner_server.engine.types import CachePolicy, Event, Token
-from runner_server.engine.work import DecodeItem, PrefillItem, WorkItem, WorkReport
+from runner_server.engine.work import (
+    DecodeItem,
+    PrefillItem,
+    PromoteItem,
+    WorkItem,
+    WorkReport,
+)
 
 
 class BatchPlanner:
@@ -23,10 +35,17 @@ class BatchPlanner:
         limits: The model's limits of one prefill call.
         find_prefix: Looks a prompt up in the prefix cache.
         max_draft: Most tokens to draft for a row that is alone in the batch; 0 drafts none.
+        find_on_disk: Looks a prompt up on disk.
     """
 
-    def __init__(self, limits: PrefillLimits, find_prefix: FindPrefix, max_draft: int = 0) -> None:
-        self._prefills = PrefillQueue(limits, find_prefix)
+    def __init__(
+        self,
+        limits: PrefillLimits,
+        find_prefix: FindPrefix,
+        max_draft: int = 0,
+        find_on_disk: FindOnDisk = find_nothing,
+    ) -> None:
+        self._prefills = PrefillQueue(limits, find_prefix, find_on_disk)
         self._drafting = Drafting(max_draft)
         self._joining: list[int] = []
         self._decoding: set[int] = set()
@@ -91,6 +110,10 @@ class BatchPlanner:
 
     def record(self, item: WorkItem, report: WorkReport) -> list[Event]:
         """Record the result of an item; return the events of the rows."""
+        if isinstance(item, PromoteItem):
+            self._waited_seconds += report.waited_seconds
+            self._prefills.record_promotion(item, report)
+            return []
         if isinstance(item, PrefillItem):
             self._waited_seconds += report.waited_seconds
             events, ready = self._prefills.record(item, report)

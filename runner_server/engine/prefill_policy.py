@@ -128,10 +128,14 @@ class PrefillPolicy:
 
     def record(self, tokens: int, seconds: float) -> None:
         """Record the time of the chunk chosen last."""
+        self.spend(seconds)
+        self._cost.record(tokens, seconds)
+
+    def spend(self, seconds: float) -> None:
+        """Record time spent for the row chosen last, but not on the tokens of a chunk."""
         self._left -= seconds
         change = -seconds if self._serves_oldest else seconds
         self._debt_seconds = max(0.0, self._debt_seconds + change)
-        self._cost.record(tokens, seconds)
 
     def _fitting_chunk(self, seconds: float) -> int:
         """Return the size of a chunk taking ``seconds``, at most ``max_chunk``."""

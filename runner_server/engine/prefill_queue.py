@@ -10,13 +10,21 @@ from itertools import islice
 from runner_server.engine.prefill_policy import PrefillPolicy
 from runner_server.engine.prefix_cache import Match
 from runner_server.engine.types import CachePolicy, Prefill
-from runner_server.engine.work import PrefillItem, PromptChunk, WorkReport
+from runner_server.engine.work import PrefillItem, PromoteItem, PromptChunk, WorkReport
 
 _WORTHWHILE = 32
 """Fewest tokens that a snapshot must save a later prompt, to be worth ending a chunk for."""
 
 FindPrefix = Callable[[Sequence[int], str], Match]
 """Finds the longest prefix of a prompt in the prefix cache, among the entries of a salt."""
+
+FindOnDisk = Callable[[Sequence[int], str], int]
+"""Returns the number of leading tokens of a prompt that are on disk, as entries of a salt."""
+
+
+def find_nothing(_prompt_ids: Sequence[int], _salt: str) -> int:
+    """Return 0: nothing is on disk."""
+    return 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class _Prompt:
         prefilled: Tokens in the row's caches.
         position: Start of the next chunk, by the latest lookup in the prefix cache.
         cached: Tokens restored from the prefix cache.
+        on_disk: Leading tokens to copy from disk to the prefix cache; 0 = none, or no longer.
     """
 
     row: int
@@ -62,6 +71,7 @@ class _Prompt:
     prefilled: int = 0
     position: int = 0
     cached: int = 0
+    on_disk: int = 0
 
     @property
     def end(self) -> int:
@@ -69,7 +79,12 @@ class _Prompt:
 
     @property
     def remaining(self) -> int:
-        return self.end - self.position
+        # Not 0 while a prefix is being copied, so that the copy ends with the slice.
+        return self.end - max(self.position, min(self.on_disk, self.end - 1))
+
+    @property
+    def is_on_disk(self) -> bool:
+        return self.on_disk > self.position
 
 
 @dataclass(frozen=True)
@@ -123,11 +138,18 @@ class PrefillQueue:
     Args:
         limits: The model's limits of one prefill call.
         find_prefix: Looks a prompt up in the prefix cache.
+        find_on_disk: Looks a prompt up on disk, once.
     """
 
-    def __init__(self, limits: PrefillLimits, find_prefix: FindPrefix) -> None:
+    def __init__(
+        self,
+        limits: PrefillLimits,
+        find_prefix: FindPrefix,
+        find_on_disk: FindOnDisk = find_nothing,
+    ) -> None:
         self._limits = limits
         self._find_prefix = find_prefix
+        self._find_on_disk = find_on_disk
         self._policy = PrefillPolicy(limits.max_chunk)
         self._prompts: dict[int, _Prompt] = {}
 
@@ -154,6 +176,9 @@ class PrefillQueue:
         ids = array("i", prompt_ids)
         prompt = self._prompts[row] = _Prompt(row, ids, cache_policy, needs_logits)
         prompt.position = self._look_up(prompt).position
+        if cache_policy.reads and prompt.remaining >= _WORTHWHILE:
+            on_disk = self._find_on_disk(ids[:-1], cache_policy.salt)
+            prompt.on_disk = on_disk if on_disk - prompt.position >= _WORTHWHILE else 0
 
     def remove(self, row: int) -> None:
         """Remove the prompt of a row. No-op if unknown."""
@@ -168,10 +193,13 @@ class PrefillQueue:
         """Begin a slice of time; see ``PrefillPolicy.begin_slice``."""
         self._policy.begin_slice(decode_seconds, decoding, len(self._prompts))
 
-    def next_item(self) -> PrefillItem | None:
-        """Return the next chunks; None when the slice is over or no prompt is left.
+    def next_item(self) -> PrefillItem | PromoteItem | None:
+        """Return the next chunks, or first the next copy of a prefix from disk.
 
         The caller must :meth:`record` them before the next call.
+
+        Returns:
+            None when the slice is over or no prompt is left.
         """
         choice = self._policy.next({row: each.remaining for row, each in self._prompts.items()})
         if choice is None:
@@ -180,6 +208,8 @@ class PrefillQueue:
         prompt = self._prompts[row]
         first = self._look_up(prompt)
         prompt.position = first.position
+        if prompt.is_on_disk:
+            return PromoteItem(row)
         if prompt.needs_logits:
             count = min(count, self._limits.max_logits)
         starts = [first, *self._companions(first, count)]
@@ -212,6 +242,12 @@ class PrefillQueue:
                 ready.append(chunk.row)
         return events, ready
 
+    def record_promotion(self, item: PromoteItem, report: WorkReport) -> None:
+        """Record the copy of a part of a prompt's prefix from disk."""
+        self._policy.spend(report.seconds)
+        if not report.is_promoting:
+            self._prompts[item.row].on_disk = 0
+
     def _look_up(self, prompt: _Prompt) -> ChunkStart:
         """Return the start of a prompt's next chunk, after a new lookup in the prefix cache.
 
@@ -243,7 +279,7 @@ class PrefillQueue:
         others = (
             each
             for each in self._prompts.values()
-            if each.row != first.row and not each.needs_logits
+            if each.row != first.row and not (each.needs_logits or each.is_on_disk)
         )
         candidates = (self._look_up(each) for each in islice(others, 2 * most))
         shortest = length // 2 if self._limits.can_pad else length

@@ -57,7 +57,7 @@ class Scheduler:
     def start_batch(self, model: LoadedModel, executor: Executor) -> None:
         """Start planning for a new executor, which has no rows yet."""
         limits, max_draft = model.prefill_limits, min(self._max_draft, model.max_draft)
-        self._planner = BatchPlanner(limits, executor.find_prefix, max_draft)
+        self._planner = BatchPlanner(limits, executor.find_prefix, max_draft, executor.find_on_disk)
 
     @property
     def running(self) -> list[GenerationRequest]:

@@ -103,7 +103,7 @@ class EngineThread:
             while not self._registry.is_stopping:
                 self._take_commands()
                 self._publish()
-                self._advance()
+                self._guarded(self._admit_and_run)
                 self._publish()
             self._close()
         except BaseException as error:  # noqa: BLE001 - a dead thread must not look alive
@@ -130,7 +130,10 @@ class EngineThread:
         return command
 
     def _wait_or_trim(self) -> Command:
-        """Block until a command arrives; once idle for a second, return freed memory."""
+        """Block until a command arrives; write prefixes, and after a second return freed memory."""
+        while self._model and self._model.save_prefixes(is_idle=True):
+            if command := self._commands.poll():
+                return command
         if self._has_stepped:
             if command := self._commands.poll(_TRIM_AFTER_SECONDS):
                 return command
@@ -187,10 +190,6 @@ class EngineThread:
 
     # -- requests -------------------------------------------------------------
 
-    def _advance(self) -> None:
-        """Admit requests and run the next work item."""
-        self._guarded(self._admit_and_run)
-
     def _guarded(self, work: Callable[[LoadedModel, Executor], None]) -> None:
         """Run ``work``; if it raises, fail the batch's requests and start a new batch."""
         model, executor = self._model, self._executor
@@ -217,6 +216,7 @@ class EngineThread:
             executor.add(request.id, spec.prompt_ids, spec.sampling, policy, matcher)
         if item := self._scheduler.next_item():
             self._run(item, executor)
+            model.save_prefixes(is_idle=False)
             if isinstance(item, DecodeItem):
                 self._preempt_slow_readers(executor)
                 # Not after prefill, which may succeed each time before a decode step that fails.
@@ -378,6 +378,8 @@ class EngineThread:
     def _free_model(self, *, for_next: bool = False) -> None:
         if self._executor:
             self._executor.close()
+        if self._model:
+            self._model.close()
         self._scheduler.clear()
         self._executor = self._model = None
         self._backend.release(for_next=for_next)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from runner_common.contract import DEFAULT_PARALLEL
 from runner_server.chat.format import ChatFormat
 from runner_server.engine.logprobs import PromptLogprobs, TokenLogprob
+from runner_server.engine.prefix_disk import DiskCounters
 
 
 class State(enum.Enum):
@@ -334,13 +335,18 @@ class OutputDelta:
 
 @dataclass(frozen=True)
 class MemoryCounters:
-    """Memory of MLX in bytes; the prefix cache is part of the active bytes."""
+    """Memory of MLX in bytes; the prefix cache is part of the active bytes.
+
+    Attributes:
+        disk: Counters of the prefix cache on disk; None without one.
+    """
 
     active_bytes: int = 0
     cache_bytes: int = 0
     peak_bytes: int = 0
     prefix_cache_bytes: int = 0
     prefix_cache_limit_bytes: int = 0
+    disk: DiskCounters | None = None
 
     @property
     def held_bytes(self) -> int:

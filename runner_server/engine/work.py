@@ -66,7 +66,18 @@ class DecodeItem:
     draft: tuple[int, ...] = ()
 
 
-WorkItem = PrefillItem | DecodeItem
+@dataclass(frozen=True)
+class PromoteItem:
+    """The next part of a prompt's prefix, to be copied from disk to the prefix cache in memory.
+
+    Attributes:
+        row: Id of the row.
+    """
+
+    row: int
+
+
+WorkItem = PrefillItem | DecodeItem | PromoteItem
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,7 @@ class WorkReport:
         drafted: Number of drafted tokens checked; 0 if the first one was already wrong.
         prompt_logprobs: The log probabilities computed by a ``PrefillItem`` with one chunk, of a
             row that requests them.
+        is_promoting: Whether the prompt of a ``PromoteItem`` has more of its prefix on disk.
     """
 
     seconds: float
@@ -89,3 +101,4 @@ class WorkReport:
     events: tuple[Token | Failure, ...] = ()
     drafted: int = 0
     prompt_logprobs: PromptLogprobs | None = None
+    is_promoting: bool = False

@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from runner_server.engine.load_admission import UNCHECKED, Admission
@@ -15,6 +16,7 @@ from runner_server.mlx_backend.upstream.lean_import import forget_modules
 
 if TYPE_CHECKING:
     from runner_server.engine.prefix_cache import CacheUsage
+    from runner_server.engine.prefix_disk import DiskCounters, PrefixDiskSettings
     from runner_server.host.kernel_folder import KernelFolder
     from runner_server.host.model_root import ModelRoot
     from runner_server.mlx_backend.loading.mlx_model import MlxModel
@@ -36,6 +38,7 @@ class MlxBackend:
         model_root: The directory that models must be below; None allows any.
         shard: This rank's part of a model; None for the whole model.
         admission: Decides whether there is enough memory for a load.
+        disk: The prefix cache on disk; None for models without one.
     """
 
     def __init__(
@@ -43,16 +46,19 @@ class MlxBackend:
         model_root: ModelRoot | None = None,
         shard: Shard | None = None,
         admission: Admission = UNCHECKED,
+        disk: PrefixDiskSettings | None = None,
     ) -> None:
         self._model_root = model_root
         self._shard = shard
         self._admission = admission
+        self._disk = disk
         self._usual_limit_bytes = 0
         self._kept_modules: frozenset[str] = frozenset()
         self._mx: Any = None
         self._kernels: KernelFolder | None = None
         # Not a reference to the model, which must be freed when the engine's thread drops it.
         self._prompts: CacheUsage | None = None
+        self._disk_counters: DiskCounters | None = None
 
     def open(self) -> str:
         """Import MLX and mlx_lm; return the kind and name of the device; see ``Backend.open``."""
@@ -86,9 +92,9 @@ class MlxBackend:
         """Load a model; see ``Backend.load``."""
         from runner_server.mlx_backend.loading.loader import load  # noqa: PLC0415 - as in open
 
-        model = load(spec, report, self._model_root, self._shard, self._admission)
+        model = load(spec, report, self._model_root, self._shard, self._admission, self._disk)
         self._keep_kernels()
-        self._prompts = model.prompts
+        self._prompts, self._disk_counters = model.prompts, model.disk_counters
         return model
 
     def memory(self) -> MemoryCounters:
@@ -96,18 +102,19 @@ class MlxBackend:
         mx = self._mx
         if mx is None:
             return MemoryCounters()
-        prompts = self._prompts
+        prompts, disk = self._prompts, self._disk_counters
         return MemoryCounters(
             active_bytes=mx.get_active_memory(),
             cache_bytes=mx.get_cache_memory(),
             peak_bytes=mx.get_peak_memory(),
             prefix_cache_bytes=prompts.nbytes if prompts else 0,
             prefix_cache_limit_bytes=prompts.limit_bytes if prompts else 0,
+            disk=replace(disk) if disk else None,
         )
 
     def release(self, *, for_next: bool = False) -> None:
         """Free the memory of a model; see ``Backend.release``."""
-        self._prompts = None
+        self._prompts = self._disk_counters = None
         forget_modules(_ARCHITECTURES, self._kept_modules)
         if self._mx is not None:
             self._mx.set_memory_limit(self._usual_limit_bytes)

@@ -14,8 +14,16 @@ from mlx.nn.layers.base import Module
 from runner_common.contract import MAX_PARALLEL
 from runner_server.engine.backend import Matcher
 from runner_server.engine.prefix_cache import Match, PrefixCache
+from runner_server.engine.prefix_disk import DiskTier
 from runner_server.engine.types import CachePolicy, NotFinite, Sampling
-from runner_server.engine.work import DecodeItem, PrefillItem, PromptChunk, WorkItem, WorkReport
+from runner_server.engine.work import (
+    DecodeItem,
+    PrefillItem,
+    PromoteItem,
+    PromptChunk,
+    WorkItem,
+    WorkReport,
+)
 from runner_server.mlx_backend.cache.row_caches import (
     CachePieces,
     Caches,
@@ -30,6 +38,10 @@ from runner_server.mlx_backend.sampling.prompt_logprobs import ChunkLogprobs
 from runner_server.mlx_backend.stream_errors import recover
 
 MlxPrefixCache = PrefixCache[Segment, StateSnapshot]
+MlxDiskTier = DiskTier[Segment, StateSnapshot]
+
+_DISK_WAIT_SECONDS = 0.002
+"""Longest wait for a block from disk in one work item, about a decode step of a small model."""
 
 _LOGITS_ARRAYS = 3
 """Arrays of the size of a step's logits that a step frees and the next one could use again."""
@@ -81,6 +93,7 @@ class MlxExecutor:
         clock: Returns monotonic seconds.
         agree: See :class:`DecodeBatch`; None if there is one rank.
         budget: The memory of the batch; None = unlimited.
+        disk: The prefix cache on disk; None without one.
     """
 
     def __init__(
@@ -92,11 +105,13 @@ class MlxExecutor:
         clock: Callable[[], float] = time.perf_counter,
         agree: Agree | None = None,
         budget: BatchBudget | None = None,
+        disk: MlxDiskTier | None = None,
     ) -> None:
         self._model = model
         self._vocab_size = vocab_size
         self._pieces = pieces
         self._prefix_cache = prefix_cache
+        self._disk = disk
         self._budget = budget or BatchBudget()
         self._clock = clock
         # Rows with separate caches: in prefill, prefilled, or preempted.
@@ -122,6 +137,10 @@ class MlxExecutor:
         """Look a prompt up in the prefix cache; see ``Executor.find_prefix``."""
         return self._prefix_cache.match(prompt_ids, salt)
 
+    def find_on_disk(self, prompt_ids: Sequence[int], salt: str) -> int:
+        """Look a prompt up on disk; see ``Executor.find_on_disk``."""
+        return self._disk.find(prompt_ids, salt) if self._disk else 0
+
     def run(self, item: WorkItem) -> WorkReport:
         """Run a work item; see ``Executor.run``."""
         try:
@@ -130,6 +149,8 @@ class MlxExecutor:
                     return self._prefill(chunks)
                 case DecodeItem():
                     return self._decode(item)
+                case PromoteItem(row):
+                    return self._promote(self._outside[row])
                 case _:
                     assert_never(item)
         except Exception:
@@ -156,6 +177,9 @@ class MlxExecutor:
         self._decoding.leave(decoded)
         for row in [self._outside.pop(id_) for id_ in rows if id_ in self._outside]:
             self._cache_prefix(row, row.caches)
+        if self._disk:
+            for id_ in rows:
+                self._disk.end(id_)
 
     def close(self) -> None:
         """Free everything; see ``Executor.close``."""
@@ -262,6 +286,16 @@ class MlxExecutor:
         self._decoding.finish()
         return self._clock() - began
 
+    def _promote(self, row: Row) -> WorkReport:
+        """Copy the next part of a prompt's prefix from disk to the prefix cache."""
+        if self._disk is None:
+            return WorkReport(0.0)
+        waited = self._finish_decoding()
+        began = self._clock()
+        prompt_ids, salt = row.prompt_ids[:-1], row.cache_policy.salt
+        is_promoting = self._disk.promote(row.id, prompt_ids, salt, _DISK_WAIT_SECONDS)
+        return WorkReport(self._clock() - began, waited, is_promoting=is_promoting)
+
     def _restore(self, row: Row, count: int) -> None:
         """Replace a row's caches with a prefix from the prefix cache.
 
@@ -300,6 +334,9 @@ class MlxExecutor:
             # Ranks see different values, but must all keep the same prompts: they keep none of it.
             is_sound = _always_unsound if self._agree else self._pieces.is_finite
             self._prefix_cache.forget(row.tokens, is_sound, salt)
+            if self._disk:
+                self._disk.end(row.id, has_failed=True)
+                self._disk.forget(row.tokens, salt)
             return
         snapshot = None
         if self._pieces.needs_snapshot:
@@ -314,6 +351,8 @@ class MlxExecutor:
             salt=salt,
             token_bytes=self._pieces.token_bytes(caches),
         )
+        if self._disk:
+            self._disk.note(row.id, row.tokens, salt)
 
 
 def _always_unsound(_segment: Segment, _snapshot: StateSnapshot | None) -> bool:

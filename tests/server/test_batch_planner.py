@@ -389,6 +389,6 @@ def _run_checked(machine: Machine, live: Sequence[int]) -> None:
     item = machine.run_item()
     if isinstance(item, PrefillItem):
         assert {chunk.row for chunk in item.chunks} <= set(live)
-    elif item:
+    elif isinstance(item, DecodeItem):
         assert set(item.joining) <= set(live) - before
         assert len(set(item.joining)) == len(item.joining)

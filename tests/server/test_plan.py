@@ -68,6 +68,15 @@ def test_without_a_limit_there_is_room_for_every_sequence() -> None:
     assert plan.dtype is Dtype.FLOAT32
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, 2 * ROW + 20 * 10_000), (7, 7)])
+def test_tokens_in_transit_to_disk_are_part_of_the_default_prefix_cache(
+    given: int | None, expected: int
+) -> None:
+    spec = LoadSpec("m", parallel=8, dtype=Dtype.FLOAT32, prefix_cache_bytes=given)
+    plan = make_plan(spec, SIZES, 1000, transit_tokens=20)
+    assert plan.need.prefix_cache_bytes == expected
+
+
 @pytest.mark.parametrize("sizes", [SIZES, STEPS], ids=["prefill", "steps"])
 @pytest.mark.parametrize("prefix", [None, 0, 5 * MIB])
 def test_a_limit_for_one_sequence_is_enough_to_the_byte(

@@ -25,7 +25,7 @@ from runner_server.engine.types import (
     Sampling,
     Token,
 )
-from runner_server.engine.work import PrefillItem, WorkItem, WorkReport
+from runner_server.engine.work import DecodeItem, PrefillItem, WorkItem, WorkReport
 
 EOS = 256
 BOS = 257
@@ -205,6 +205,10 @@ class FakeExecutor:
         """See ``Executor.find_prefix``: no prompt is cached."""
         return Match(0, 0)
 
+    def find_on_disk(self, _prompt_ids: Sequence[int], _salt: str) -> int:
+        """See ``Executor.find_on_disk``: nothing is on disk."""
+        return 0
+
     def run(self, item: WorkItem) -> WorkReport:
         """See ``Executor.run``; an item takes ``ITEM_SECONDS``."""
         assert not self.closed
@@ -215,6 +219,7 @@ class FakeExecutor:
         if isinstance(item, PrefillItem):
             found = [self._prefill(self.rows[chunk.row], chunk.count) for chunk in item.chunks]
             return WorkReport(ITEM_SECONDS, prompt_logprobs=found[0])
+        assert isinstance(item, DecodeItem)
         self.decoding += item.joining
         assert self.decoding, "a step without rows"
         return WorkReport(ITEM_SECONDS, events=tuple(map(self._next_token, self.decoding)))
@@ -324,6 +329,13 @@ class FakeModel:
     def limit_prefix_cache(self, limit_bytes: int) -> None:
         """See ``LoadedModel.limit_prefix_cache``."""
         self._backend.prefix_cache_limits.append(limit_bytes)
+
+    def save_prefixes(self, *, is_idle: bool) -> bool:  # noqa: ARG002 - nothing is on disk
+        """See ``LoadedModel.save_prefixes``."""
+        return False
+
+    def close(self) -> None:
+        """See ``LoadedModel.close``."""
 
     @property
     def max_draft(self) -> int:

@@ -232,7 +232,7 @@ def tokens(messages: list[pb.CompletionResponse]) -> list[int]:
 
 def count_rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Start counting the rounds of the engine loop; return a function for the count."""
-    return count_calls(monkeypatch, EngineThread, "_advance")
+    return count_calls(monkeypatch, EngineThread, "_take_commands")
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> Callable[[], int]:

@@ -9,10 +9,13 @@ from runner_server.engine.batch_planner import BatchPlanner
 from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import Match
 from runner_server.engine.types import CachePolicy, Prefill, Token
-from runner_server.engine.work import PrefillItem, WorkItem, WorkReport
+from runner_server.engine.work import PrefillItem, PromoteItem, WorkItem, WorkReport
 
 PACE = 2000.0
 """Tokens a second of the simulated machine, in prefill and in decode."""
+
+PART = 16
+"""Tokens that an item copies from the simulated disk, at ten times the pace of prefill."""
 
 LIMITS = PrefillLimits(max_chunk=64, max_tokens=256)
 
@@ -26,6 +29,8 @@ class Machine:
         tokens: Number of tokens that each row has generated.
         progress: Last progress of each row's prompt.
         stored: Prefixes in the simulated prefix cache, which has no salts.
+        on_disk: Prefixes on the simulated disk.
+        lost_from: Position from which on nothing can be read from the disk.
         items: Items run until now.
     """
 
@@ -36,10 +41,12 @@ class Machine:
     tokens: dict[int, int] = field(default_factory=dict)
     progress: dict[int, Prefill] = field(default_factory=dict)
     stored: list[tuple[int, ...]] = field(default_factory=list)
+    on_disk: list[tuple[int, ...]] = field(default_factory=list)
+    lost_from: int = 1 << 30
     items: list[WorkItem] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.planner = BatchPlanner(self.limits, self.find_prefix)
+        self.planner = BatchPlanner(self.limits, self.find_prefix, find_on_disk=self.find_on_disk)
         self._prompts: dict[int, Sequence[int]] = {}
         self._decoding: set[int] = set()
         self._prefilled: dict[int, int] = {}
@@ -72,6 +79,10 @@ class Machine:
         whole = [len(s) for s in self.stored if tuple(prompt[: len(s)]) == s]
         return Match(max(whole, default=0), common)
 
+    def find_on_disk(self, prompt: Sequence[int], _salt: str) -> int:
+        """Return the length of the longest prefix on disk."""
+        return max((_common_length(prompt, held) for held in self.on_disk), default=0)
+
     def run_item(self) -> WorkItem | None:
         """Run the next item."""
         item = self.planner.next_item()
@@ -80,6 +91,8 @@ class Machine:
         self.items.append(item)
         if isinstance(item, PrefillItem):
             report = self._prefill(item)
+        elif isinstance(item, PromoteItem):
+            report = self._promote(item)
         else:
             self._decoding.update(item.joining)
             report = self._spend(len(self._decoding))
@@ -93,8 +106,17 @@ class Machine:
 
     def step(self) -> None:
         """Run items up to the next decode step, or to the end of a slice without one."""
-        while (item := self.run_item()) and isinstance(item, PrefillItem):
+        while (item := self.run_item()) and isinstance(item, PrefillItem | PromoteItem):
             pass
+
+    def _promote(self, item: PromoteItem) -> WorkReport:
+        prompt = tuple(self._prompts[item.row][:-1])
+        reached = self.find_prefix(prompt, "").common + PART
+        report = self._spend(PART // 10)
+        if reached > self.lost_from:
+            return report
+        self.stored.append(prompt[:reached])
+        return replace(report, is_promoting=reached < self.find_on_disk(prompt, ""))
 
     def _prefill(self, item: PrefillItem) -> WorkReport:
         for chunk in item.chunks:

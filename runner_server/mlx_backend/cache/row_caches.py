@@ -202,6 +202,14 @@ class CachePieces:
         """True if some layers cannot be cut, so that a prefix needs a snapshot."""
         return not all(self.cut_layers)
 
+    @property
+    def uncuttable(self) -> str:
+        """Names of the classes of caches that cannot be cut; empty if there are none."""
+        kinds = {
+            type(c).__name__ for c, cut in zip(self.new(), self.cut_layers, strict=True) if not cut
+        }
+        return ", ".join(sorted(kinds))
+
     def segment(self, caches: Caches, start: int, end: int) -> Segment:
         """Copy keys and values from token ``start`` to ``end``, in the layers that can be cut."""
         return self.cut(self._cuttable(caches), start, end)

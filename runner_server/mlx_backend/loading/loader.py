@@ -28,6 +28,7 @@ from runner_common.model_directory import Located, ModelDirectory
 from runner_common.units import format_bytes
 from runner_server.chat.format import ChatFormat
 from runner_server.engine.load_admission import UNCHECKED, Admission
+from runner_server.engine.prefix_disk import BUFFERED_TOKENS, PrefixDiskSettings
 from runner_server.engine.types import Dtype, LoadSpec, ModelInfo
 from runner_server.errors import InsufficientMemory, ModelUnsupported
 from runner_server.host.heap import trim_heap
@@ -36,6 +37,7 @@ from runner_server.mlx_backend.blas_threads import fit_threads
 from runner_server.mlx_backend.loading.building import Built, before_weights, build, read_directory
 from runner_server.mlx_backend.loading.finding import find_model
 from runner_server.mlx_backend.loading.mlx_model import MlxModel
+from runner_server.mlx_backend.loading.prefix_disk import PrefixDisk
 from runner_server.mlx_backend.loading.reading import read_weights
 from runner_server.mlx_backend.loading.weight_files import WeightFiles
 from runner_server.mlx_backend.planning.measure import arrays, device_kind, measure, weight_bytes
@@ -64,6 +66,7 @@ def load(
     root: ModelRoot | None = None,
     shard: Shard | None = None,
     admission: Admission = UNCHECKED,
+    disk: PrefixDiskSettings | None = None,
 ) -> MlxModel:
     """Load a model; see ``Backend.load``, also for the errors.
 
@@ -73,16 +76,19 @@ def load(
         root: The directory that models must be below; None allows any.
         shard: Selects this rank's part of the model; None for the whole model.
         admission: Decides whether there is enough memory.
+        disk: The prefix cache on disk; None for a model without one.
     """
     mx.reset_peak_memory()
     located = find_model(spec.model, root)
     with _named_in_faults(located.path):
         directory = read_directory(located)
         report(1)
+        prefix_disk = PrefixDisk(disk, directory) if disk else None
         with before_weights(directory.path):
             codec, eos_token_ids = _read_tokenizer(directory)
             report(3)
-            plan = _plan_and_admit(directory, spec, shard, admission)
+            transit_tokens = BUFFERED_TOKENS if disk else 0
+            plan = _plan_and_admit(directory, spec, shard, admission, transit_tokens)
             # Build it again, because some models keep arrays of their last run, here unevaluated.
             built = build(directory, replace(spec, dtype=plan.dtype), shard)
         report(5)
@@ -92,6 +98,8 @@ def load(
         model = MlxModel(built.model, codec, info, plan, shard)
         _try(model, plan)
         report(100)
+        if prefix_disk:
+            prefix_disk.attach(model, built.model, plan)
     _log(model.info)
     return model
 
@@ -148,7 +156,11 @@ def _read_chat_format(directory: ModelDirectory, codec: FastCodec) -> ChatFormat
 
 
 def _plan_and_admit(
-    directory: ModelDirectory, spec: LoadSpec, shard: Shard | None, admission: Admission
+    directory: ModelDirectory,
+    spec: LoadSpec,
+    shard: Shard | None,
+    admission: Admission,
+    transit_tokens: int = 0,
 ) -> Plan:
     """Plan a load in the first of its dtypes that is admitted.
 
@@ -158,15 +170,19 @@ def _plan_and_admit(
     *preferred, last = (replace(spec, dtype=dtype) for dtype in formats(spec.dtype, device_kind()))
     for choice in preferred:
         try:
-            return _admit(_build_and_plan(directory, choice, shard), directory, spec, admission)
+            plan = _build_and_plan(directory, choice, shard, transit_tokens)
+            return _admit(plan, directory, spec, admission)
         except InsufficientMemory as fault:
             logger.warning(
                 "%s; %s is loaded as it is stored, which is slow on a CPU", fault, directory.path
             )
-    return _admit(_build_and_plan(directory, last, shard), directory, spec, admission)
+    plan = _build_and_plan(directory, last, shard, transit_tokens)
+    return _admit(plan, directory, spec, admission)
 
 
-def _build_and_plan(directory: ModelDirectory, spec: LoadSpec, shard: Shard | None) -> Plan:
+def _build_and_plan(
+    directory: ModelDirectory, spec: LoadSpec, shard: Shard | None, transit_tokens: int
+) -> Plan:
     """Plan a load in one dtype, for one request at a time if the model does not support batches.
 
     Raises:
@@ -174,16 +190,17 @@ def _build_and_plan(directory: ModelDirectory, spec: LoadSpec, shard: Shard | No
     """
     built = build(directory, spec, shard)
     try:
-        return _plan(directory, built, built.spec)
+        return _plan(directory, built, built.spec, transit_tokens)
     except RowsApartError as why:
         warning = alone_warning(directory.configuration.model_type, str(why))
-    plan = _plan(directory, built, replace(built.spec, parallel=1))
+    plan = _plan(directory, built, replace(built.spec, parallel=1), transit_tokens)
     return replace(plan, warnings=(*plan.warnings, warning))
 
 
-def _plan(directory: ModelDirectory, built: Built, spec: LoadSpec) -> Plan:
+def _plan(directory: ModelDirectory, built: Built, spec: LoadSpec, transit_tokens: int) -> Plan:
     sizes = measure(built.model, directory, built.context_length, spec.parallel)
-    return make_plan(spec, sizes, directory.configuration.context_length, built.warnings)
+    longest = directory.configuration.context_length
+    return make_plan(spec, sizes, longest, built.warnings, transit_tokens)
 
 
 def _admit(plan: Plan, directory: ModelDirectory, spec: LoadSpec, admission: Admission) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,21 +13,40 @@ from mlx.nn.layers.base import Module
 from runner_common.contract import MAX_DRAFT
 from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import CacheUsage, PrefixCache
+from runner_server.engine.prefix_disk import (
+    BUFFERED_BLOCKS,
+    BlockStore,
+    DiskCounters,
+    DiskTier,
+)
 from runner_server.engine.types import ModelInfo
+from runner_server.mlx_backend.cache.blocks import BlockCodec
 from runner_server.mlx_backend.cache.row_caches import CachePieces
 from runner_server.mlx_backend.constraints.grammars import GrammarCache
-from runner_server.mlx_backend.executor import BatchBudget, MlxExecutor, MlxPrefixCache
+from runner_server.mlx_backend.executor import (
+    BatchBudget,
+    MlxDiskTier,
+    MlxExecutor,
+    MlxPrefixCache,
+)
 from runner_server.mlx_backend.loading.batch_trial import try_together
 from runner_server.mlx_backend.loading.draft_trial import try_drafts
 from runner_server.mlx_backend.loading.trial import warm_up
 from runner_server.mlx_backend.planning.measure import PREFILL_CHUNK, ROWS_TOGETHER, device_kind
 from runner_server.mlx_backend.planning.plan import Plan, alone_warning
+from runner_server.mlx_backend.stream_errors import recover
 from runner_server.mlx_backend.tokenizer.codec import FastCodec
 
 if TYPE_CHECKING:
     from runner_server.mlx_backend.sharding import Shard
 
 logger = logging.getLogger(__name__)
+
+_SAVE_WAIT_SECONDS = 0.005
+"""Longest wait for the thread that writes prefixes to disk. A new request waits as long."""
+
+_CLOSE_SECONDS = 1.0
+"""Longest wait at the end for each of copying and writing the rest of the prefix cache."""
 
 
 class MlxModel:
@@ -54,6 +74,8 @@ class MlxModel:
         self._pieces = CachePieces.of(model)
         self._prompts: MlxPrefixCache = PrefixCache(self._pieces, info.prefix_cache_bytes)
         self._takes_drafts = False
+        self._disk: MlxDiskTier | None = None
+        self._store: BlockStore | None = None
         self.codec = codec
         self.grammars = GrammarCache(codec, info.vocab_size, info.eos_token_ids)
         self.info = replace(info, takes_constraints=not self.grammars.problem)
@@ -68,9 +90,49 @@ class MlxModel:
         """Byte counters of the prefix cache."""
         return self._prompts.usage
 
+    @property
+    def disk_counters(self) -> DiskCounters | None:
+        """Counters of the prefix cache on disk; None without one."""
+        return self._store.counters if self._store else None
+
+    def use_disk(self, codec: BlockCodec, store: BlockStore, key: bytes) -> None:
+        """Copy the prefix cache to a directory from now on, and read prefixes from there.
+
+        The memory of the blocks being copied is taken from the prefix cache.
+        """
+        self._disk, self._store = DiskTier(self._prompts, codec, store, key), store
+        left = self.info.prefix_cache_bytes - BUFFERED_BLOCKS * codec.block_bytes
+        self.info = replace(self.info, prefix_cache_bytes=left)
+        self.limit_prefix_cache(left)
+
+    def warn(self, warning: str) -> None:
+        """Add a warning to the description."""
+        self.info = replace(self.info, warnings=(*self.info.warnings, warning))
+
     def limit_prefix_cache(self, limit_bytes: int) -> None:
         """Change the byte budget of the prefix cache; see ``LoadedModel.limit_prefix_cache``."""
         self._prompts.limit(limit_bytes)
+
+    def save_prefixes(self, *, is_idle: bool) -> bool:
+        """Copy a part of the prefix cache for the disk; see ``LoadedModel.save_prefixes``."""
+        if self._disk is None:
+            return False
+        try:
+            return self._disk.save_some(_SAVE_WAIT_SECONDS if is_idle else 0.0)
+        except Exception:
+            # Without memory for the copy, for example, which is no reason to end requests.
+            recover()
+            logger.exception("prefixes cannot be copied to disk")
+            self._disk.drop_noted()
+            return False
+
+    def close(self) -> None:
+        """Write the rest of the prefix cache to disk; see ``LoadedModel.close``."""
+        if self._disk and self._store:
+            until = time.monotonic() + _CLOSE_SECONDS
+            while time.monotonic() < until and self.save_prefixes(is_idle=True):
+                pass
+            self._store.close(_CLOSE_SECONDS)
 
     @property
     def prefill_limits(self) -> PrefillLimits:
@@ -92,7 +154,7 @@ class MlxModel:
 
     def new_executor(self) -> MlxExecutor:
         """Return an executor without rows."""
-        return self._executor(self._prompts)
+        return self._executor(self._prompts, self._disk)
 
     def warm_up(self) -> None:
         """Generate a token, and try rows together and drafts.
@@ -114,7 +176,8 @@ class MlxModel:
         if why := try_together(self._model, self._pieces, info.vocab_size, info.parallel):
             warning = alone_warning(info.architecture, why)
             logger.warning("%s: %s", info.path, warning)
-            self.info = replace(info, parallel=1, warnings=(*info.warnings, warning))
+            self.info = replace(info, parallel=1)
+            self.warn(warning)
 
     def _try_drafts(self) -> None:
         if self._pieces.needs_snapshot:
@@ -124,7 +187,7 @@ class MlxModel:
             logger.warning("%s: tokens are not drafted: %s", self.info.path, why)
         self._takes_drafts = not why
 
-    def _executor(self, prompts: MlxPrefixCache) -> MlxExecutor:
+    def _executor(self, prompts: MlxPrefixCache, disk: MlxDiskTier | None = None) -> MlxExecutor:
         agree = self._shard.agree if self._shard else None
         return MlxExecutor(
             self._model,
@@ -133,6 +196,7 @@ class MlxModel:
             prompts,
             agree=agree,
             budget=self._budget,
+            disk=disk,
         )
 
     @property

@@ -186,7 +186,11 @@ def context_in_force(spec: LoadSpec, longest: int, exactness: Exactness) -> int:
 
 
 def make_plan(
-    spec: LoadSpec, sizes: ModelSizes, max_context_length: int, warnings: tuple[str, ...] = ()
+    spec: LoadSpec,
+    sizes: ModelSizes,
+    max_context_length: int,
+    warnings: tuple[str, ...] = (),
+    transit_tokens: int = 0,
 ) -> Plan:
     """Plan a load.
 
@@ -195,13 +199,14 @@ def make_plan(
         sizes: The sizes of the model in that dtype.
         max_context_length: The longest sequence that the model supports, in tokens.
         warnings: Differences between the model's answers and the specification in its files.
+        transit_tokens: Tokens on their way to or from disk, which are part of the prefix cache.
 
     Raises:
         InsufficientMemory: ``memory_limit_bytes`` is too small for one sequence.
     """
     # Cached, because each call traces a decode step.
     decode_bytes = cache(sizes.decode_bytes)
-    budget = _Budget(spec, replace(sizes, decode_bytes=decode_bytes))
+    budget = _Budget(spec, replace(sizes, decode_bytes=decode_bytes), transit_tokens)
     rows = budget.rows_that_fit()
     parallel = budget.parallel_that_fits(rows)
     kv = budget.kv(rows, parallel)
@@ -250,6 +255,7 @@ class _Budget:
 
     spec: LoadSpec
     sizes: ModelSizes
+    transit_tokens: int = 0
 
     def working(self, rows: int, parallel: int) -> tuple[int, int]:
         """Return the working memory, and the part for freed buffers kept by MLX.
@@ -299,6 +305,8 @@ class _Budget:
             return self.spec.prefix_cache_bytes
         row = self.sizes.row_bytes
         usual = max(row, row * parallel // _PREFIX_SHARE)
+        if self.transit_tokens:
+            usual += self.sizes.probe.kv_bytes(self.transit_tokens)
         if self.spec.memory_limit_bytes is None:
             return usual
         return max(0, min(usual, self._room - working - kv))
