@@ -26,6 +26,15 @@ TOKEN_VARIABLE = "MLX_RUNNER_TOKEN"  # noqa: S105 - not a secret
 USE_TOKEN_VARIABLE = "MLX_RUNNER_USE_TOKEN"  # noqa: S105 - not a secret
 """Environment variable with a second token, whose holders may only use the loaded model."""
 
+PREFIX_CACHE_DIR_VARIABLE = "MLX_RUNNER_PREFIX_CACHE_DIR"
+"""Environment variable with the directory of a server's prefix cache on disk."""
+
+PREFIX_CACHE_DISK_VARIABLE = "MLX_RUNNER_PREFIX_CACHE_DISK"
+"""Environment variable with the size of a server's prefix cache on disk."""
+
+DEFAULT_PREFIX_CACHE_DISK_BYTES = 8 << 30
+"""Size of a server's prefix cache on disk, unless it is given."""
+
 DEFAULT_CONTEXT_LENGTH = 4096
 """Longest context, in tokens, unless ``Load`` requests another one."""
 

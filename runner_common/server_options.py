@@ -19,6 +19,8 @@ from runner_common.contract import (
     MAX_PARALLEL,
     MAX_PORT,
     MIN_CONTEXT_LENGTH,
+    PREFIX_CACHE_DIR_VARIABLE,
+    PREFIX_CACHE_DISK_VARIABLE,
     TOKEN_VARIABLE,
     USE_TOKEN_VARIABLE,
 )
@@ -196,6 +198,21 @@ SERVER_OPTIONS = (
         metavar="SIZE",
         read=_size(0),
         needs="--model",
+    ),
+    ServerOption(
+        ("--prefix-cache-dir",),
+        "Directory that keeps the prefix cache beyond the process, private to this user; created "
+        "if necessary. Several servers may share it. Its files reveal prompts and texts.  "
+        f"[default: {PREFIX_CACHE_DIR_VARIABLE} if set, otherwise none]",
+        metavar="DIR",
+        read=Path,
+    ),
+    ServerOption(
+        ("--prefix-cache-disk", "--prefix-cache-disk-bytes"),
+        "Upper limit of all files of the prefix cache on disk.  "
+        f"[default: {PREFIX_CACHE_DISK_VARIABLE} if set, otherwise 8GiB]",
+        metavar="SIZE",
+        read=_size(1),
     ),
     ServerOption(
         ("--max-queued",),

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from runner_common.contract import MAX_DRAFT
+from runner_common.contract import (
+    DEFAULT_PREFIX_CACHE_DISK_BYTES,
+    MAX_DRAFT,
+    PREFIX_CACHE_DIR_VARIABLE,
+    PREFIX_CACHE_DISK_VARIABLE,
+)
+from runner_common.memory.headroom import VariableError, variable_bytes
 from runner_common.server_options import SERVER_OPTIONS, ServerOption, misuse
 from runner_common.serving.auth import read_tokens
 from runner_common.serving.tls import TlsFiles
+from runner_server.engine.prefix_disk import PrefixDiskSettings
 from runner_server.engine.types import Dtype, LoadSpec
 
 _EXIT_WRONG_USAGE = 2
@@ -35,6 +43,7 @@ class ServerConfig:
         tls: Certificate and key; None does not encrypt.
         token: Token required of callers; None requires none.
         use_token: Second token, whose holders may only use the loaded model; None if there is none.
+        prefix_disk: Prefix cache on disk; None without one.
         model_root: Resolved directory that contains every model that may be loaded; None
             allows any directory.
         distributed: Whether to run as one of several ranks that share the model.
@@ -54,6 +63,7 @@ class ServerConfig:
     tls: TlsFiles | None = None
     token: str | None = field(default=None, repr=False)
     use_token: str | None = field(default=None, repr=False)
+    prefix_disk: PrefixDiskSettings | None = None
     model_root: Path | None = None
     distributed: bool = False
     pipeline: bool = False
@@ -74,6 +84,7 @@ def parse_args(argv: Sequence[str] | None = None) -> ServerConfig:
         **{name: values[name] for name in same},
         load=_load(values) if values["model"] else None,
         tls=_tls(values) if "tls_cert" in given else None,
+        prefix_disk=_prefix_disk(parser, values),
         token=token,
         use_token=use_token,
     )
@@ -88,6 +99,32 @@ def _load(values: Mapping[str, Any]) -> LoadSpec:
         memory_limit_bytes=values["memory_limit"],
         prefix_cache_bytes=values["prefix_cache"],
     )
+
+
+def _prefix_disk(
+    parser: argparse.ArgumentParser, values: Mapping[str, Any]
+) -> PrefixDiskSettings | None:
+    """Return the prefix cache on disk, by the options or else by the environment.
+
+    Exits if the options contradict each other.
+    """
+    directory = values["prefix_cache_dir"] or os.environ.get(PREFIX_CACHE_DIR_VARIABLE, "").strip()
+    budget_bytes = values["prefix_cache_disk"]
+    if not directory:
+        if budget_bytes is not None:
+            parser.error("--prefix-cache-disk needs --prefix-cache-dir")
+        return None
+    if values["distributed"]:
+        parser.error(
+            "--prefix-cache-dir cannot be used with --distributed: the ranks would have to keep "
+            f"the same prefixes; leave it out, and {PREFIX_CACHE_DIR_VARIABLE} as well"
+        )
+    try:
+        inherited = variable_bytes(os.environ, PREFIX_CACHE_DISK_VARIABLE)
+    except VariableError as error:
+        parser.error(str(error))
+    budget_bytes = budget_bytes or inherited or DEFAULT_PREFIX_CACHE_DISK_BYTES
+    return PrefixDiskSettings(Path(directory).absolute(), budget_bytes)
 
 
 def _tls(values: Mapping[str, Any]) -> TlsFiles:

@@ -30,4 +30,5 @@ def run_server() -> int:
 
         return run(config, admission)
     root = ModelRoot(config.model_root) if config.model_root else None
-    return asyncio.run(serve(config, MlxBackend(root, admission=admission), admission=admission))
+    backend = MlxBackend(root, admission=admission, disk=config.prefix_disk)
+    return asyncio.run(serve(config, backend, admission=admission))

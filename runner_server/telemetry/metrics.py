@@ -23,6 +23,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from runner_server.engine.engine import Engine
+from runner_server.engine.prefix_disk import DiskCounters
 from runner_server.engine.types import GenerationStats, State
 from runner_server.host.resident_memory import resident_bytes
 from runner_server.telemetry.call_record import CallRecord, CallSummary
@@ -228,11 +229,26 @@ class _State(Collector):
                 now.last_progress_age,
             )
         yield self._memory(model.limit_bytes if model else 0)
+        yield from self._disk()
         info = GaugeMetricFamily(
             "mlx_runner_info", "Always 1.", labels=["version", "device", "model_name"]
         )
         info.add_metric([self._version, self._engine.device, model.name if model else ""], 1)
         yield info
+
+    def _disk(self) -> Iterator[Metric]:
+        """Yield the counters of the prefix cache on disk."""
+        disk = self._engine.memory().disk or DiskCounters()
+        held = "All files in the directory of the prefix cache on disk."
+        yield _gauge("prefix_cache_disk_bytes", held, disk.held_bytes)
+        counts = {
+            "written_bytes": ("Bytes written to the prefix cache on disk.", disk.written_bytes),
+            "read_bytes": ("Bytes read from the prefix cache on disk.", disk.read_bytes),
+            "damaged": ("Damaged files removed from it.", disk.damaged_count),
+        }
+        for name, (meaning, value) in counts.items():
+            full = f"mlx_runner_prefix_cache_disk_{name}"
+            yield CounterMetricFamily(full, meaning, value=value)
 
     def _memory(self, limit_bytes: int) -> Metric:
         memory = self._engine.memory()
