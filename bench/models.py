@@ -129,7 +129,12 @@ ENDING = {
 """Models for constraints: two whose steps take so little that constraints cost most, and one of a
 size that is in use."""
 
-_RANDOM = {**SHAPES, **POOLED_SHAPES, **ENDING}
+LONG = "llama-1m-32k"
+"""Model for long prompts: ``llama-1m`` with a context of 32,768 tokens."""
+
+_LONG_SHAPE = Shape({"model_type": "llama", **_TINY, "max_position_embeddings": 32_768})
+
+_RANDOM = {**SHAPES, **POOLED_SHAPES, **ENDING, LONG: _LONG_SHAPE}
 
 
 def ensure_model(name: str) -> Path:
