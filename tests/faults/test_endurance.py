@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 MODEL_CYCLES = int(os.environ.get("FAULT_CYCLES", "50"))
 PROCESS_CYCLES = int(os.environ.get("FAULT_CYCLES", "6"))
 WARM_UP = 10
-ENDS = 5
-"""Cycles at each end of a run, whose median counts."""
+LAG = 10
+"""Cycles whose growth is one sample, of which the median counts: memory may grow by a megabyte or
+two once, when the kernel joins small pages to a large one. A leak grows in each sample."""
 SHORT = Options(num_predict=8, temperature=0, logit_bias={0: -100})
 MIB = 2**20
 PROMISED_BYTES_A_CYCLE = 20 * 2**10
@@ -53,12 +54,10 @@ def test_repeated_loads_in_one_process_do_not_leak(
             seen.append(held(pid))
             client.load(model)
     first, last = seen[WARM_UP], seen[-1]
-    # A single resident set may be a megabyte off, depending on when the heap was last trimmed.
-    sizes = [size for size, _, _ in seen]
-    growth = median(sizes[-ENDS:]) - median(sizes[WARM_UP : WARM_UP + ENDS])
-    cycles = MODEL_CYCLES - ENDS
-    logger.info("models: %d bytes a cycle", growth // cycles)
-    assert growth < cycles * PROMISED_BYTES_A_CYCLE, seen
+    sizes = [size for size, _, _ in seen[WARM_UP:]]
+    growth = median(late - early for early, late in zip(sizes, sizes[LAG:], strict=False))
+    logger.info("models: %d bytes a cycle", growth // LAG)
+    assert growth < LAG * PROMISED_BYTES_A_CYCLE, seen
     assert last[1] <= first[1], seen
     assert last[2] - first[2] < MODEL_CYCLES * PROMISED_THREADS_A_CYCLE, seen
 
@@ -75,4 +74,5 @@ def test_repeated_processes_do_not_leak(model: str) -> None:
     assert len({cycle.pid for cycle in cycles}) == 3 + PROCESS_CYCLES
     assert all(is_gone(cycle.pid) for cycle in cycles)
     assert growth < 2 * MIB + PROCESS_CYCLES * PROMISED_BYTES_A_CYCLE, cycles
-    assert last.descriptors <= first.descriptors, cycles
+    # gRPC's own threads may still close two when the last cycle is measured.
+    assert min(cycle.descriptors for cycle in cycles[-3:]) <= first.descriptors, cycles
