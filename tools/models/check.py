@@ -15,7 +15,13 @@ from runner_server.errors import RunnerFault
 from runner_server.mlx_backend import MlxBackend
 from tools.local_batch import LocalBatch
 from tools.memory.models import NotWrittenError, scaled, write_model
-from tools.models.generate import Row, generate_in_batch, generate_with_mlx_lm, mlx_lm_model
+from tools.models.generate import (
+    Row,
+    generate_in_batch,
+    generate_with_drafts,
+    generate_with_mlx_lm,
+    mlx_lm_model,
+)
 from tools.models.likeness import TOLERANCE, difference
 
 logger = logging.getLogger(__name__)
@@ -53,6 +59,8 @@ class Verdict:
         batch: Four staggered rows compared with each row alone; ``alone`` for types that cannot
             be batched.
         prefix: Generation with the prefix cache compared with generation without.
+        drafts: Generation with right and wrong drafts compared with generation without; not tried
+            with caches that cannot be cut back.
         narrow: bfloat16 as stored: rows in a batch compared with each row alone.
         quantized: 4 bits as stored, compared with mlx_lm, and in a batch.
         dequantized: 4 bits dequantized to float32, compared in the same way.
@@ -63,6 +71,7 @@ class Verdict:
     alone: str = NOT_TRIED
     batch: str = NOT_TRIED
     prefix: str = NOT_TRIED
+    drafts: str = NOT_TRIED
     narrow: str = NOT_TRIED
     quantized: str = NOT_TRIED
     dequantized: str = NOT_TRIED
@@ -71,7 +80,8 @@ class Verdict:
     @property
     def is_right(self) -> bool:
         """True if every result is right or was not tried."""
-        found = (self.alone, self.batch, self.prefix, self.narrow, self.quantized, self.dequantized)
+        whole = (self.alone, self.batch, self.prefix, self.drafts)
+        found = (*whole, self.narrow, self.quantized, self.dequantized)
         return all(each in (RIGHT, ALONE, NOT_TRIED) for each in found)
 
 
@@ -116,6 +126,7 @@ class Checker:
         tolerance = _tolerance(verdict)
         verdict.batch = _compare_batch(model, tolerance)
         verdict.prefix = self._prefix(path, model, tolerance)
+        verdict.drafts = _compare_drafts(model, tolerance)
         return _compare_with_mlx_lm(model, mlx_lm_model(path, dequantize=False), tolerance)
 
     def _narrow(self, path: Path, verdict: Verdict) -> str:
@@ -200,6 +211,20 @@ def _compare_batch(model: LoadedModel, tolerance: float = TOLERANCE) -> str:
         generate_in_batch(LocalBatch.of(model), [own])
         if wrong := difference(row.tokens, own.tokens, tolerance):
             return f"row of {len(row.prompt)} tokens: {wrong}"
+    return RIGHT
+
+
+def _compare_drafts(model: LoadedModel, tolerance: float) -> str:
+    """Compare a row whose every second draft is wrong at its third token with one without."""
+    if not model.max_draft:
+        return NOT_TRIED
+    for length in (3, _LONG):
+        own = Row(_prompt(length))
+        generate_in_batch(LocalBatch.of(model), [own])
+        drafted = Row(own.prompt)
+        generate_with_drafts(model, drafted, [entry.token_id for entry in own.tokens])
+        if wrong := difference(drafted.tokens, own.tokens, tolerance):
+            return f"prompt of {length} tokens: {wrong}"
     return RIGHT
 
 

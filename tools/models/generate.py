@@ -9,9 +9,10 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from runner_server.engine.backend import LoadedModel
 from runner_server.engine.logprobs import TokenLogprob
 from runner_server.engine.types import Failure, Prefill, Sampling
-from tools.local_batch import LocalBatch
+from tools.local_batch import LocalBatch, decode_with_drafts, start_alone
 
 COUNT = 10
 """Number of tokens to generate."""
@@ -66,6 +67,28 @@ def _step(batch: LocalBatch, active: dict[int, Row]) -> list[int]:
             ended.append(event.row)
     batch.remove(ended)
     return ended
+
+
+def generate_with_drafts(model: LoadedModel, row: Row, ids: Sequence[int]) -> None:
+    """Generate for a row with drafts of four tokens, every second one wrong at the third token.
+
+    Args:
+        model: A model that takes drafts.
+        row: The row.
+        ids: The tokens that the row generates without drafts.
+    """
+
+    def draft(done: int) -> list[int]:
+        right = list(ids[done : done + 4])
+        is_wrong = len(drafts) % 2 == 0 and len(right) > 2
+        drafts.append([*right[:2], right[2] + 1, *right[3:]] if is_wrong else right)
+        return drafts[-1]
+
+    drafts: list[list[int]] = []
+    tokens, drafted = decode_with_drafts(start_alone(model, row.prompt, _GREEDY), COUNT, draft)
+    if not drafted:
+        raise RuntimeError("no draft was checked")
+    row.tokens = [cast("TokenLogprob", token.logprob) for token in tokens]
 
 
 def generate_with_mlx_lm(model: Any, prompt: Sequence[int]) -> list[TokenLogprob]:
