@@ -5,6 +5,7 @@ gate accepts.
 """
 
 from runner_common.model_directory.configuration import Configuration, text_part
+from runner_common.model_directory.embedding import EmbeddingFiles
 from runner_common.model_directory.errors import (
     ModelDirectoryError,
     ModelMissingError,
@@ -19,6 +20,7 @@ from runner_common.model_directory.weight_files import StoredTensor
 
 __all__ = [
     "Configuration",
+    "EmbeddingFiles",
     "Located",
     "ModelDirectory",
     "ModelDirectoryError",

@@ -17,7 +17,7 @@ from runner_common.contract import DEFAULT_CONTEXT_LENGTH
 from runner_common.model_directory.aliases import with_aliases
 from runner_common.model_directory.errors import ModelUnusableError
 from runner_common.model_directory.json_files import read_object
-from runner_common.model_directory.output_head import with_output_head
+from runner_common.model_directory.output_head import is_headless, with_output_head
 from runner_common.model_directory.rope import context_factor, with_one_rope
 from runner_common.model_directory.settings import wrong_setting
 from runner_common.model_directory.weight_files import StoredTensor
@@ -46,6 +46,7 @@ class Configuration:
         eos_token_ids: Token ids that end a text, from all files together.
         context_length: Longest sequence that the model supports, in tokens.
         notes: Contradictions between the files and how they were resolved.
+        has_output_layer: Whether the model can complete texts; False for a model that only embeds.
     """
 
     values: dict[str, Any]
@@ -53,6 +54,7 @@ class Configuration:
     eos_token_ids: frozenset[int]
     context_length: int
     notes: tuple[str, ...] = ()
+    has_output_layer: bool = True
 
 
 def read_configuration(
@@ -60,6 +62,8 @@ def read_configuration(
     stored: Mapping[str, Any],
     tensors: Mapping[str, StoredTensor],
     indexed: frozenset[str],
+    *,
+    embeds: bool = False,
 ) -> Configuration:
     """Validate and normalize a model's configuration.
 
@@ -68,6 +72,7 @@ def read_configuration(
         stored: Content of its ``config.json``.
         tensors: Tensors of its weight files.
         indexed: Names of the tensors in the index, if any.
+        embeds: Whether the model embeds texts, for which it needs no output layer.
 
     Raises:
         ModelUnusableError: A file cannot be read, asks to run code, or has an impossible value.
@@ -80,12 +85,15 @@ def read_configuration(
     if problem := wrong_setting(stored):
         raise _error(file, problem)
     ends = _eos_token_ids(directory, file, stored)
-    values, notes = with_output_head(_in_one_form(stored), tensors, indexed)
+    has_output_layer = not (embeds and is_headless(stored, tensors, indexed))
+    values = _in_one_form(stored)
+    values, notes = with_output_head(values, tensors, indexed, has_head=has_output_layer)
     if "quantization_config" not in values and (directory / _QUANTIZATION).exists():
         values["quantization_config"] = read_object(directory / _QUANTIZATION)
     if ends:
         values["eos_token_id"] = sorted(ends)
-    return Configuration(values, model_type, ends, _context_length(file, values), notes)
+    context = _context_length(file, values)
+    return Configuration(values, model_type, ends, context, notes, has_output_layer)
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,6 +17,8 @@ _NEEDED = frozenset(("config.json", "generation_config.json", "tokenizer.json"))
 """Files whose broken links are refused; their absence would be silent, or mislead."""
 
 _TEMPLATES = "additional_chat_templates"
+_MODULES = "[0-9]_*"
+"""Folders of sentence-transformers."""
 
 
 def require_files(path: Path) -> None:
@@ -53,6 +55,6 @@ def require_files(path: Path) -> None:
 
 
 def _entries(path: Path) -> Iterator[Path]:
-    for folder in (path, path / _TEMPLATES):
+    for folder in (path, path / _TEMPLATES, *path.glob(_MODULES)):
         if folder.is_dir():
             yield from folder.iterdir()

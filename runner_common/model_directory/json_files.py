@@ -41,6 +41,21 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises:
         ModelUnusableError: The file is missing, cannot be read, or is not a JSON object.
     """
+    content = _read(file)
+    if not isinstance(content, dict):
+        raise ModelUnusableError(f"{file} is not a JSON object", str(file.parent))
+    return content
+
+
+def read_list(file: Path) -> list[Any]:
+    """Return the JSON array in a file; raise as :func:`read_object`."""
+    content = _read(file)
+    if not isinstance(content, list):
+        raise ModelUnusableError(f"{file} is not a JSON array", str(file.parent))
+    return content
+
+
+def _read(file: Path) -> object:
     try:
         if file.exists() and not file.is_file():
             raise ModelUnusableError(f"{file} is not a file", str(file.parent))
@@ -59,8 +74,6 @@ def read_object(file: Path) -> dict[str, Any]:
     # ValueError: invalid JSON or Unicode, or a number with thousands of digits.
     except (OSError, ValueError, RecursionError) as error:
         raise ModelUnusableError(f"{file} cannot be read: {error}", str(file.parent)) from error
-    if not isinstance(content, dict):
-        raise ModelUnusableError(f"{file} is not a JSON object", str(file.parent))
     return content
 
 

@@ -22,8 +22,33 @@ _EMBEDDINGS = re.compile(
 )
 
 
-def with_output_head(
+def is_headless(
     config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], indexed: frozenset[str]
+) -> bool:
+    """Return whether a model has neither an output layer nor one that is tied to the embeddings.
+
+    Args:
+        config: ``config.json``.
+        tensors: Tensors of the weight files.
+        indexed: Names of the tensors in the index, if any.
+    """
+    said = _said(config)
+    return bool(said) and not any(said) and not any(map(_HEAD.fullmatch, (*tensors, *indexed)))
+
+
+def _said(config: Mapping[str, Any]) -> list[bool]:
+    """Return what the configuration and its text part say about tied layers."""
+    text = config.get("text_config")
+    parts = [config, text] if isinstance(text, dict) else [config]
+    return [part[_TIED] for part in parts if isinstance(part.get(_TIED), bool)]
+
+
+def with_output_head(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    indexed: frozenset[str],
+    *,
+    has_head: bool = True,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the configuration with ``tie_word_embeddings`` set by the tensors, and notes.
 
@@ -31,6 +56,8 @@ def with_output_head(
         config: ``config.json``; not modified.
         tensors: Tensors of the weight files.
         indexed: Names of the tensors in the index, if any.
+        has_head: False for a model whose output layer is not used. mlx_lm can build it only with
+            one, so it gets the embeddings, which take no memory.
 
     Returns:
         The configuration, and a note if the files contradict it.
@@ -38,9 +65,9 @@ def with_output_head(
     Raises:
         OSError: A weight file cannot be read.
     """
-    text = config.get("text_config")
-    parts = [config, text] if isinstance(text, dict) else [config]
-    said = [part[_TIED] for part in parts if isinstance(part.get(_TIED), bool)]
+    if not has_head:
+        return _with_tied(config, tied=True), ()
+    said = _said(config)
     head = next((name for name in tensors if _HEAD.fullmatch(name)), None)
     if said and not any(said):
         return dict(config), ()

@@ -10,6 +10,11 @@ from runner_common.model_directory.configuration import (
     Configuration,
     read_configuration,
 )
+from runner_common.model_directory.embedding import (
+    EmbeddingFiles,
+    missing_prefix,
+    read_embedding,
+)
 from runner_common.model_directory.entries import require_files
 from runner_common.model_directory.errors import ModelUnusableError
 from runner_common.model_directory.json_files import read_object
@@ -30,6 +35,8 @@ class ModelDirectory:
         tensors: Tensors of the weight files by name.
         configuration: Content of the other files.
         notes: Files that are not loaded, and contradictions.
+        embedding: How the model embeds texts.
+        name_prefix: Prefix that the names of the tensors lack; empty if they are complete.
     """
 
     path: Path
@@ -37,6 +44,8 @@ class ModelDirectory:
     tensors: dict[str, StoredTensor]
     configuration: Configuration
     notes: tuple[str, ...]
+    embedding: EmbeddingFiles
+    name_prefix: str
 
 
 def read_model_directory(path: Path) -> ModelDirectory:
@@ -51,7 +60,10 @@ def read_model_directory(path: Path) -> ModelDirectory:
         stored = read_object(path / CONFIG)
         choice = choose_weight_files(path)
         tensors = read_tensors(choice)
-        configuration = read_configuration(path, stored, tensors, choice.tensors)
+        embedding = read_embedding(path, stored)
+        configuration = read_configuration(
+            path, stored, tensors, choice.tensors, embeds=not embedding.problem
+        )
     except ModelUnusableError:
         raise
     except OSError as error:
@@ -64,4 +76,7 @@ def read_model_directory(path: Path) -> ModelDirectory:
             str(path),
         ) from error
     notes = (*choice.notes, *configuration.notes)
-    return ModelDirectory(path, choice.files, tensors, configuration, notes)
+    prefix = missing_prefix(tensors)
+    return ModelDirectory(
+        path, choice.files, tensors, configuration, notes, embedding, name_prefix=prefix
+    )
