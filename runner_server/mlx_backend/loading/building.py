@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,7 +133,7 @@ def _build(directory: ModelDirectory) -> tuple[BuiltModel, Exactness]:
     model_type = directory.configuration.model_type
     try:
         built = build_model(
-            path, directory.configuration.values, directory.weight_files, files.load
+            path, directory.configuration.values, directory.weight_files, _load(files, directory)
         )
         use_named_gelu(text_part(built.config), built)
         # Some models evaluate weights while they are built; wait for those reads to end.
@@ -152,6 +152,12 @@ def _build(directory: ModelDirectory) -> tuple[BuiltModel, Exactness]:
         mx.eval(mx.random.state)
     files.attach(built.model)
     return built, exactness
+
+
+def _load(files: WeightFiles, directory: ModelDirectory) -> Callable[[str], dict[str, mx.array]]:
+    """Return a function that reads a weight file, with the names that mlx_lm expects."""
+    prefix = directory.name_prefix
+    return lambda file: {f"{prefix}{name}": value for name, value in files.load(file).items()}
 
 
 def _converted(

@@ -215,6 +215,7 @@ _NUMBERS: dict[str, Neutral] = {
     "final_logit_softcapping": _is_final_cap,
     "full_attn_alpha_factor": _is(1),
     "full_attn_beta_factor": _is(1),
+    "is_causal": _is(1),
     "key_multiplier": _is(1),
     "linear_attn_alpha_factor": _is(1),
     "linear_attn_beta_factor": _is(1),
