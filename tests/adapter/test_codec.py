@@ -183,3 +183,63 @@ def _watched(work: Callable[[], object]) -> tuple[float, float]:
         now = time.perf_counter()
         longest_gap, last = max(longest_gap, now - last), now
     return time.perf_counter() - begin, longest_gap
+
+
+# -- whole texts, for embeddings -------------------------------------------------
+
+AROUND: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "no post-processor": ("", "", {}),
+    "end in the post-processor": ("", "<eos>", {}),
+    "beginning and end": ("<user>", "<eos>", {"bos_token": "<user>"}),
+    "end that is not the end of the text": ("", "<user>", {"add_eos_token": False}),
+    "beginning switched off": ("<user>", "", {"bos_token": "<user>", "add_bos_token": False}),
+    "end asked for by the settings": ("<user>", "", {"bos_token": "<user>", "add_eos_token": True}),
+    "end asked for twice": ("", "<eos>", {"add_eos_token": True}),
+}
+"""Special tokens that tokenizer.json puts before and after a text, and further settings."""
+
+
+def _write_around(path: Path, before: str, after: str, settings: dict[str, Any]) -> None:
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    if before or after:
+        tokens = [(text, tokenizer.token_to_id(text)) for text in {before, after} - {""}]
+        single = " ".join(filter(None, (before, "$A", after)))
+        template = processors.TemplateProcessing(single=single, special_tokens=tokens)
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), template])
+        tokenizer.save(str(path / "tokenizer.json"))
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.parametrize("text", ["", "plain", "<eos> inside <user>", "ends with <eos>"])
+def test_a_whole_text_has_the_tokens_that_transformers_puts_around_it(
+    copy: Path, name: str, text: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    from runner_server.mlx_backend.tokenizer.codec import load_codec
+
+    before, after, settings = AROUND[name]
+    _write_around(copy, before, after, settings)
+    codec, _ = load_codec(copy, {"eos_token_id": [0], "model_type": "llama"})
+    expected = AutoTokenizer.from_pretrained(copy)(text)["input_ids"]
+    # transformers 5 ignores these settings, which the models were trained with.
+    if name == "end asked for by the settings":
+        expected = [*expected, 0]
+    if name == "beginning switched off":
+        expected = expected[1:]
+    assert codec.encode_whole(text) == expected
+
+
+def test_a_literal_text_has_the_tokens_around_it(copy: Path) -> None:
+    from runner_server.mlx_backend.tokenizer.codec import load_codec
+
+    _write_around(copy, "<user>", "<eos>", {})
+    codec, _ = load_codec(copy, {"eos_token_id": [0], "model_type": "llama"})
+    ids = codec.encode_whole("a <eos> b", literal=True)
+    assert (ids[0], ids[-1]) == (1, 0)
+    assert not {0, 1} & {*ids[1:-1]}
+    assert codec.decode(ids[1:-1]) == "a <eos> b"

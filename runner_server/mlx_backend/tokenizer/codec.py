@@ -43,15 +43,23 @@ class FastCodec:
         tokenizer: A ``tokenizers.Tokenizer``, not shared with other code.
         prefix: The tokens to put before a prompt; see :func:`prompt_prefix`.
         bos_id: The beginning-of-text token, if the model has one.
+        suffix: The tokens to put after a whole text; see :func:`text_suffix`.
     """
 
-    def __init__(self, tokenizer: Any, prefix: Sequence[int], bos_id: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        prefix: Sequence[int],
+        bos_id: int | None,
+        suffix: Sequence[int] = (),
+    ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if getattr(tokenizer.model, "dropout", None):
             tokenizer.model.dropout = None
         self._tokenizer = tokenizer
         self._prefix = list(prefix)
+        self._suffix = list(suffix)
         self._bos_id = bos_id
         self._bytes_of = bytes_of_tokens(tokenizer)
         # A model has one template, or several that come here as one text.
@@ -63,6 +71,13 @@ class FastCodec:
         if not as_prompt or self._has_prefix(ids):
             return ids
         return self._prefix + ids
+
+    def encode_whole(self, text: str, *, literal: bool = False) -> list[int]:
+        """Split a whole text into ids; see ``Codec.encode_whole``.
+
+        As transformers does, even if the text already begins or ends with the tokens around it.
+        """
+        return self._prefix + self.encode(text, as_prompt=False, literal=literal) + self._suffix
 
     @cached_property
     def _literal(self) -> LiteralTokenizer:
@@ -167,8 +182,10 @@ def _ids_of(tokenizer: Any, token: str | None) -> list[int]:
 def _codec(tokenizer: Any, settings: TokenizerSettings, path: Path) -> FastCodec:
     """Create the codec and test it, because some tokenizers can be read but not used."""
     bos_id = next(iter(_ids_of(tokenizer, settings.bos_token)), None)
+    end = _ids_of(tokenizer, settings.eos_token) if settings.adds_eos else []
     try:
-        codec = FastCodec(tokenizer, prompt_prefix(tokenizer, bos_id, settings.adds_bos), bos_id)
+        prefix = prompt_prefix(tokenizer, bos_id, settings.adds_bos)
+        codec = FastCodec(tokenizer, prefix, bos_id, text_suffix(tokenizer, end))
         ids = codec.encode(_SAMPLE, as_prompt=True)
         for part in (ids, *([id_] for id_ in ids)):
             codec.decode(part)
@@ -210,6 +227,25 @@ def prompt_prefix(tokenizer: Any, bos_id: int | None, adds_bos: bool | None) -> 
     if not adds_bos:
         return [id_ for id_ in prefix if id_ != bos_id]
     return prefix if bos_id in prefix else [bos_id, *prefix]
+
+
+def text_suffix(tokenizer: Any, end: Sequence[int]) -> list[int]:
+    """Return the tokens to put after a whole text, as models that embed need them.
+
+    These are the tokens of the tokenizer's post-processor, and the end-of-text token that
+    ``add_eos_token`` asks for. transformers 5 ignores that setting if there is a
+    ``tokenizer.json``, and so pools another token of e5-mistral than it was trained with
+    (https://github.com/embeddings-benchmark/mteb/pull/5237).
+
+    Args:
+        tokenizer: A ``tokenizers.Tokenizer``.
+        end: The end-of-text token if ``add_eos_token`` is true.
+    """
+    with NO_PANICS:
+        encoding = tokenizer.encode(_SAMPLE)
+    pairs = zip(reversed(encoding.ids), reversed(encoding.special_tokens_mask), strict=True)
+    suffix = [id_ for id_, _ in takewhile(lambda pair: pair[1], pairs)][::-1]
+    return suffix if {*end} <= {*suffix} else [*suffix, *end]
 
 
 def _require_vocabulary(tokenizer: Any, path: Path) -> None:

@@ -42,6 +42,7 @@ class TokenizerSettings:
         bos_token: The beginning-of-text token, if a file names one.
         eos_token: The end-of-text token, if a file names one.
         adds_bos: The value of ``add_bos_token``; None if it is not set.
+        adds_eos: Whether ``add_eos_token`` is true.
         splits_special_tokens: Whether special tokens in a text are split like other text.
         described: Tokens with properties, by id.
         named: Texts of all tokens that have a role or are listed as special.
@@ -51,6 +52,7 @@ class TokenizerSettings:
     bos_token: str | None = None
     eos_token: str | None = None
     adds_bos: bool | None = None
+    adds_eos: bool = False
     splits_special_tokens: bool = False
     described: dict[int, AddedToken] | None = None
     named: tuple[str, ...] = ()
@@ -71,6 +73,7 @@ def read_settings(path: Path) -> TokenizerSettings:
             bos_token=_text(roles.get("bos_token")),
             eos_token=_text(roles.get("eos_token")),
             adds_bos=adds_bos if isinstance(adds_bos, bool) else None,
+            adds_eos=config.get("add_eos_token") is True,
             splits_special_tokens=config.get("split_special_tokens") is True,
             described=_described(config, _read(path / _ADDED_FILE)),
             named=tuple(dict.fromkeys(_named(roles, config))),
