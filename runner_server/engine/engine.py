@@ -26,8 +26,9 @@ from runner_server.engine.commands import (
     Unload,
 )
 from runner_server.engine.drain import Drain
-from runner_server.engine.generation_request import GenerationRequest, RequestStatus
+from runner_server.engine.generation_request import GenerationRequest
 from runner_server.engine.output.wakeups import call_on_loop
+from runner_server.engine.request import RequestStatus
 from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.thread import EngineThread
 from runner_server.engine.types import (

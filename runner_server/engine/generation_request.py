@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import enum
-import itertools
 import time
 from dataclasses import replace
 
 from runner_server.engine.backend import Codec, Matcher
 from runner_server.engine.output.channel import OutputChannel
 from runner_server.engine.output.text import StopMatcher, StreamDecoder
+from runner_server.engine.request import EngineRequest, RequestStatus
 from runner_server.engine.types import (
     CompletionSpec,
     FinishReason,
@@ -19,39 +18,16 @@ from runner_server.engine.types import (
     Prefill,
     Token,
 )
-from runner_server.errors import RunnerFault
-
-_ids = itertools.count(1)
 
 _PART_TEXTS = 128
 """Most texts in one delta of a prompt's log probabilities. A message takes whole deltas, so a
 single large one could exceed its limit."""
 
 
-class RequestStatus(enum.Enum):
-    """Stage of a request.
-
-    Attributes:
-        WAITING: Queued; holds no memory.
-        PREFILLING: In the batch, without a token yet.
-        DECODING: In the batch, with at least one token.
-        PREEMPTED: Out of the batch because its reader is slow; keeps its KV cache.
-        FINISHED: Ended, failed or cancelled.
-    """
-
-    WAITING = "waiting"
-    PREFILLING = "prefilling"
-    DECODING = "decoding"
-    PREEMPTED = "preempted"
-    FINISHED = "finished"
-
-
-class GenerationRequest:
+class GenerationRequest(EngineRequest[OutputChannel]):
     """Turns the tokens of one row into the deltas of one output channel.
 
-    Belongs to the engine's thread, except that any thread may call :meth:`stats` and read
-    :attr:`status` and the attributes that never change. A transition that the status does not
-    allow raises :class:`RuntimeError`.
+    Any thread may call :meth:`stats`.
 
     Args:
         spec: The validated request.
@@ -60,13 +36,9 @@ class GenerationRequest:
         matcher: Constrains the text; None without a constraint.
 
     Attributes:
-        id: Id of the request and of its row, unique in this process; not the caller's id.
         spec: The validated request.
         matcher: Constrains the text; None without a constraint, and once finished.
-        status: The stage that the request has reached.
-        stream: The channel to the reader.
         end_ids: The tokens that end the text and add nothing to it.
-        submitted_at: Time of arrival, in seconds of the monotonic clock.
     """
 
     def __init__(
@@ -76,12 +48,11 @@ class GenerationRequest:
         eos_token_ids: frozenset[int],
         matcher: Matcher | None = None,
     ) -> None:
-        self.id = next(_ids)
+        max_length = len(spec.prompt_ids) + spec.max_tokens
+        super().__init__(spec.request_id, spec.priority, max_length, OutputChannel())
         self.spec = spec
         self.matcher = matcher
         self._texts: list[str] = []
-        self.status = RequestStatus.WAITING
-        self.stream = OutputChannel()
         self._decoder = StreamDecoder(codec.decode, spec.prompt_ids)
         self._stops = StopMatcher(spec.stop)
         model_end_ids = frozenset[int]() if spec.ignore_eos else eos_token_ids
@@ -92,17 +63,9 @@ class GenerationRequest:
         self._accepted_count = 0
         self._prefilled_count = 0
         self._reason: FinishReason | None = None
-        self.submitted_at = time.monotonic()
-        self._admitted_at: float | None = None
         self._first_token_at: float | None = None
-        self._finished_at: float | None = None
         self._preempted_at = 0.0
         self._preempted_seconds = 0.0
-
-    @property
-    def max_length(self) -> int:
-        """Largest possible number of tokens in the sequence, prompt included."""
-        return len(self.spec.prompt_ids) + self.spec.max_tokens
 
     @property
     def kv_token_count(self) -> int:
@@ -119,11 +82,6 @@ class GenerationRequest:
 
     # -- transitions -------------------------------------------------------------
 
-    def admit(self) -> None:
-        """Transition from WAITING to PREFILLING: the request takes a slot of the batch."""
-        self._transition(RequestStatus.PREFILLING, RequestStatus.WAITING)
-        self._admitted_at = time.monotonic()
-
     def preempt(self) -> None:
         """Transition from DECODING to PREEMPTED: the reader is slow, so the slot becomes free."""
         self._transition(RequestStatus.PREEMPTED, RequestStatus.DECODING)
@@ -134,29 +92,9 @@ class GenerationRequest:
         self._transition(RequestStatus.DECODING, RequestStatus.PREEMPTED)
         self._preempted_seconds += time.monotonic() - self._preempted_at
 
-    def cancel(self) -> None:
-        """Transition to FINISHED because the reader is gone."""
-        self._finish()
-
-    def fail(self, fault: RunnerFault) -> None:
-        """Transition to FINISHED with an error, which follows the deltas already put."""
-        self._finish()
-        self.stream.fail(fault)
-
     def _finish(self) -> None:
-        if self.status is RequestStatus.FINISHED:
-            raise self._illegal(RequestStatus.FINISHED)
-        self._finished_at = time.monotonic()
+        super()._finish()
         self.matcher = None
-        self.status = RequestStatus.FINISHED
-
-    def _transition(self, to: RequestStatus, expected: RequestStatus) -> None:
-        if self.status is not expected:
-            raise self._illegal(to)
-        self.status = to
-
-    def _illegal(self, to: RequestStatus) -> RuntimeError:
-        return RuntimeError(f"request {self.id} is {self.status.value} and cannot be {to.value}")
 
     # -- events ------------------------------------------------------------------
 

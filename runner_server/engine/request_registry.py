@@ -17,10 +17,11 @@ from runner_server.engine.backend import ModelHandle
 from runner_server.engine.commands import Load, ModelCommand
 from runner_server.engine.drain import Drain
 from runner_server.engine.faults import draining_fault, exiting_fault, stopping_fault
-from runner_server.engine.generation_request import GenerationRequest, RequestStatus
+from runner_server.engine.generation_request import GenerationRequest
 from runner_server.engine.health.heartbeat import Heartbeat
 from runner_server.engine.health.recent_work import RecentWork
 from runner_server.engine.health.retry_estimate import RetryEstimate
+from runner_server.engine.request import RequestStatus
 from runner_server.engine.types import EngineState, LoadSpec, State
 from runner_server.errors import (
     Busy,

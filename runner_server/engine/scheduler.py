@@ -12,7 +12,8 @@ from contextlib import suppress
 
 from runner_server.engine.backend import Executor, LoadedModel
 from runner_server.engine.batch_planner import BatchPlanner
-from runner_server.engine.generation_request import GenerationRequest, RequestStatus
+from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.request import RequestStatus
 from runner_server.engine.types import Event
 from runner_server.engine.work import WorkItem, WorkReport
 

@@ -34,9 +34,10 @@ from runner_server.engine.faults import (
     step_fault,
     stopping_fault,
 )
-from runner_server.engine.generation_request import GenerationRequest, RequestStatus
+from runner_server.engine.generation_request import GenerationRequest
 from runner_server.engine.output.channel import OutputChannel
 from runner_server.engine.output.wakeups import WakeupCoalescer, call_on_loop
+from runner_server.engine.request import RequestStatus
 from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.scheduler import Scheduler
 from runner_server.engine.types import Event, Failure, LoadSpec, ModelInfo, Prefill, Token

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from runner_server.engine.generation_request import GenerationRequest, RequestStatus
+from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.request import RequestStatus
 from runner_server.engine.types import CompletionSpec, FinishReason, Prefill, Token
 from runner_server.errors import ShuttingDown
 from support.fakes import EOS, ByteCodec

@@ -16,7 +16,8 @@ from runner_server.app import EXIT_ENGINE_DEAD, RunnerApp
 from runner_server.config import ServerConfig
 from runner_server.engine.backend import BackendLost
 from runner_server.engine.engine import Engine
-from runner_server.engine.generation_request import GenerationRequest, RequestStatus
+from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.request import RequestStatus
 from runner_server.engine.types import CompletionSpec, LoadSpec, MemoryCounters, Rank
 from runner_server.errors import RunnerFault
 from support.fakes import DEADLINE_SECONDS, FakeBackend

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner_server.engine.generation_request import GenerationRequest, RequestStatus
+from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.request import RequestStatus
 from runner_server.engine.scheduler import Scheduler
 from runner_server.engine.types import CompletionSpec, Token
 from support.fakes import TOKEN_BYTES, ByteCodec, FakeBackend, FakeModel, model_info

@@ -13,11 +13,12 @@ import pytest
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.serving.log import set_up_logging
 from runner_server.api.convert import delta_message
-from runner_server.engine.generation_request import GenerationRequest, RequestStatus
+from runner_server.engine.generation_request import GenerationRequest
 from runner_server.engine.logprobs import TokenLogprob
 from runner_server.engine.output.channel import _MAX_QUEUED_TEXTS, OutputChannel, merge
 from runner_server.engine.output.token_text import TokenTexts
 from runner_server.engine.output.wakeups import WakeupCoalescer
+from runner_server.engine.request import RequestStatus
 from runner_server.engine.types import FinishReason, GenerationResult, OutputDelta
 from runner_server.errors import ShuttingDown
 from support.fakes import ByteCodec, says

@@ -8,13 +8,11 @@ up.
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 
+from runner_server.engine.output.base import Channel
 from runner_server.engine.types import OutputDelta
-from runner_server.errors import RunnerFault
 
 _MAX_MERGED_TEXTS = 4096
 """Most token texts in one message. Texts of log probabilities count twice, because they are sent as
@@ -25,7 +23,7 @@ _MAX_QUEUED_TEXTS = 4096
 """Token texts in a channel above which the request is preempted; it resumes at half as many."""
 
 
-class OutputChannel:
+class OutputChannel(Channel):
     """Buffer of one request's deltas on their way to the reader.
 
     Call ``put`` and ``on_drained`` on the engine's thread, ``fail`` on any thread, and everything
@@ -33,24 +31,16 @@ class OutputChannel:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        super().__init__()
         self._deltas: deque[OutputDelta] = deque()
         self._queued_texts = 0
         self._on_drained: Callable[[], None] | None = None
-        self._fault: RunnerFault | None = None
-        self._has_end = False
         self._is_closed = False
-        self._ready = asyncio.Event()
 
     @property
     def is_full(self) -> bool:
         """True if the reader is far enough behind for the engine to preempt the request."""
         return self._queued_texts > _MAX_QUEUED_TEXTS
-
-    @property
-    def fault(self) -> RunnerFault | None:
-        """The fault that ends the stream; None if there is none so far."""
-        return self._fault
 
     def put(self, delta: OutputDelta) -> None:
         """Add a delta; a delta with ``done`` is the last one. No-op after a fault."""
@@ -66,22 +56,6 @@ class OutputChannel:
         with self._lock:
             self._on_drained = call
         self._call_if_drained()
-
-    def fail(self, fault: RunnerFault) -> bool:
-        """End the stream with a fault after the deltas already put.
-
-        Returns:
-            False if the stream had an end already: a delta with ``done``, or a fault.
-        """
-        with self._lock:
-            if self._fault or self._has_end:
-                return False
-            self._fault = fault
-            return True
-
-    def wake(self) -> None:
-        """Wake the reader."""
-        self._ready.set()
 
     def close(self) -> None:
         """End the stream at once, discarding unread deltas."""

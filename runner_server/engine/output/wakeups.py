@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterable
 
-from runner_server.engine.output.channel import OutputChannel
+from runner_server.engine.output.base import Channel
 
 _MERGE_SECONDS = 0.02
 """Time that a delta may wait to be merged. People do not notice more than 50 messages a second,
@@ -40,16 +40,14 @@ class WakeupCoalescer:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._lock = threading.Lock()
-        self._pending: set[OutputChannel] = set()
-        self._urgent: set[OutputChannel] = set()
+        self._pending: set[Channel] = set()
+        self._urgent: set[Channel] = set()
         # Whether a call on the event loop for the pending channels is scheduled.
         self._is_notified = False
         self._timer: asyncio.TimerHandle | None = None
         self._last_wakeup = 0.0
 
-    def publish(
-        self, channels: Iterable[OutputChannel], urgent: Iterable[OutputChannel] = ()
-    ) -> None:
+    def publish(self, channels: Iterable[Channel], urgent: Iterable[Channel] = ()) -> None:
         """Schedule the wakeup of readers.
 
         Args:
