@@ -51,6 +51,11 @@ class LocalBatch:
             row, prompt_ids, policy, needs_logits=needs_logits, max_drafted=max_drafted
         )
 
+    def add_texts(self, row: int, texts: Sequence[Sequence[int]]) -> None:
+        """Add texts to embed; the following steps evaluate them."""
+        self.executor.add_texts(row, texts)
+        self._planner.add_texts(row, [len(text) for text in texts])
+
     def step(self) -> list[Event]:
         """Prefill prompts for a slice of time, then make one decode step."""
         events: list[Event] = []

@@ -14,7 +14,7 @@ from runner_server.distributed.follower_state import FollowerState, next_state
 from runner_server.distributed.link import BEAT_SECONDS, Link
 from runner_server.engine.backend import Backend, Executor, LoadedModel
 from runner_server.engine.types import LoadSpec
-from runner_server.engine.work import DecodeItem, PrefillItem
+from runner_server.engine.work import DecodeItem, EmbedItem, PrefillItem
 from runner_server.host.resident_memory import resident_bytes
 
 logger = logging.getLogger(__name__)
@@ -177,6 +177,10 @@ class Follower:
                 executor.run(PrefillItem(chunks))
             case msg.RunDecode(joining, expected):
                 executor.run(DecodeItem(joining, expected))
+            case msg.AddTexts(row, texts):
+                executor.add_texts(row, texts)
+            case msg.RunEmbed(texts_chunks):
+                executor.run(EmbedItem(texts_chunks))
             case msg.PreemptRow(row):
                 executor.preempt(row)
             case msg.RemoveRows(rows):

@@ -10,6 +10,8 @@ _ROWS: set[type[msg.Message]] = {
     msg.AddRow,
     msg.RunPrefill,
     msg.RunDecode,
+    msg.AddTexts,
+    msg.RunEmbed,
     msg.PreemptRow,
     msg.RemoveRows,
     msg.CloseExecutor,

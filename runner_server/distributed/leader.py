@@ -27,7 +27,7 @@ from runner_server.engine.types import (
     ModelInfo,
     Sampling,
 )
-from runner_server.engine.work import DecodeItem, PrefillItem, WorkItem, WorkReport
+from runner_server.engine.work import DecodeItem, EmbedItem, PrefillItem, WorkItem, WorkReport
 from runner_server.errors import RunnerFault
 
 _POLL_SECONDS = 0.1
@@ -275,6 +275,11 @@ class LeaderExecutor:
         with self._sent_to_followers(message):
             self._executor.add(row, prompt_ids, sampling, cache_policy, matcher)
 
+    def add_texts(self, row: int, texts: Sequence[Sequence[int]]) -> None:
+        """See ``Executor.add_texts``."""
+        with self._sent_to_followers(msg.AddTexts(row, tuple(map(tuple, texts)))):
+            self._executor.add_texts(row, texts)
+
     def find_prefix(self, prompt_ids: Sequence[int], salt: str) -> Match:
         """Look a prompt up on this rank; see ``Executor.find_prefix``."""
         return self._executor.find_prefix(prompt_ids, salt)
@@ -315,8 +320,11 @@ class LeaderExecutor:
 
 
 def _message_of(item: WorkItem) -> msg.FromLeader:
-    if isinstance(item, PrefillItem):
-        return msg.RunPrefill(item.chunks)
-    if isinstance(item, DecodeItem):
-        return msg.RunDecode(item.joining, item.expected)
+    match item:
+        case PrefillItem(chunks):
+            return msg.RunPrefill(chunks)
+        case EmbedItem(texts):
+            return msg.RunEmbed(texts)
+        case DecodeItem(joining, expected):
+            return msg.RunDecode(joining, expected)
     raise TypeError("ranks have no prefix cache on disk")

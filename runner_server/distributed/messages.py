@@ -8,7 +8,7 @@ from typing import get_args
 import msgspec
 
 from runner_server.engine.types import CachePolicy, LoadSpec, MemoryCounters, Sampling
-from runner_server.engine.work import PromptChunk
+from runner_server.engine.work import PromptChunk, TextChunk
 
 # -- from rank 0 -----------------------------------------------------------------
 
@@ -63,6 +63,21 @@ class RunDecode:
 
     joining: tuple[int, ...]
     expected: int
+
+
+@dataclass(frozen=True)
+class AddTexts:
+    """Add texts to embed; see ``Executor.add_texts``."""
+
+    row: int
+    texts: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class RunEmbed:
+    """Run an ``EmbedItem``."""
+
+    chunks: tuple[TextChunk, ...]
 
 
 @dataclass(frozen=True)
@@ -183,6 +198,8 @@ FromLeader = (
     | AddRow
     | RunPrefill
     | RunDecode
+    | AddTexts
+    | RunEmbed
     | PreemptRow
     | RemoveRows
     | CloseExecutor

@@ -88,6 +88,18 @@ class Codec(Protocol):
         """
         ...
 
+    def encode_whole(self, text: str, *, literal: bool = False) -> list[int]:
+        """Tokenize a text with the special tokens before and after it, for an embedding.
+
+        Args:
+            text: The text.
+            literal: See :meth:`encode`.
+
+        Raises:
+            InvalidField: Special tokens cannot be text for this tokenizer.
+        """
+        ...
+
     def fewest_tokens(self, text: str, enough: int, *, literal: bool = False) -> int:
         """Return a lower bound of a very long text's token count, by tokenizing only a part.
 
@@ -185,6 +197,15 @@ class Executor(Protocol):
             sampling: The sampling options.
             cache_policy: Use of the prefix cache.
             matcher: Limits the tokens that may be drawn; made by the grammars of the same model.
+        """
+        ...
+
+    def add_texts(self, row: int, texts: Sequence[Sequence[int]]) -> None:
+        """Add texts to embed. Later work items evaluate them; :meth:`remove` frees them.
+
+        Args:
+            row: Id of the request, of which no row has the same.
+            texts: The tokens of each text.
         """
         ...
 

@@ -13,13 +13,7 @@ from runner_server.engine.prefill_queue import (
 )
 from runner_server.engine.speculation.drafting import Drafting
 from runner_server.engine.types import CachePolicy, Event, Token
-from runner_server.engine.work import (
-    DecodeItem,
-    PrefillItem,
-    PromoteItem,
-    WorkItem,
-    WorkReport,
-)
+from runner_server.engine.work import DecodeItem, PromoteItem, WorkItem, WorkReport
 
 
 class BatchPlanner:
@@ -75,12 +69,16 @@ class BatchPlanner:
         if max_drafted:
             self._drafting.add(row, prompt_ids, max_drafted)
 
+    def add_texts(self, row: int, lengths: Sequence[int]) -> None:
+        """Add the texts of a request to embed, with the number of tokens of each."""
+        self._prefills.add_texts(row, lengths)
+
     def resume(self, row: int) -> None:
         """Let a preempted row join the next decode step."""
         self._joining.append(row)
 
     def remove(self, row: int) -> None:
-        """Remove an ended row. No-op if unknown."""
+        """Remove an ended row, or an ended request to embed. No-op if unknown."""
         self._drafting.remove(row)
         self.preempt(row)
 
@@ -114,7 +112,7 @@ class BatchPlanner:
             self._waited_seconds += report.waited_seconds
             self._prefills.record_promotion(item, report)
             return []
-        if isinstance(item, PrefillItem):
+        if not isinstance(item, DecodeItem):
             self._waited_seconds += report.waited_seconds
             events, ready = self._prefills.record(item, report)
             self._joining += ready

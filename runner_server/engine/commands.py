@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.embedding.request import AnyRequest
 from runner_server.engine.types import LoadSpec, ModelInfo
 
 _T = TypeVar("_T")
@@ -43,7 +43,7 @@ class Unload(ModelCommand[int]):
 class Cancel:
     """Finish a request whose reader is gone."""
 
-    request: GenerationRequest
+    request: AnyRequest
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Stop:
     """Wake the thread after the registry's state has changed to stopping or failed."""
 
 
-Command = GenerationRequest | Load | Unload | Cancel | Resume | LimitPrefixCache | Trim | Stop
+Command = AnyRequest | Load | Unload | Cancel | Resume | LimitPrefixCache | Trim | Stop
 
 
 class CommandQueue(queue.SimpleQueue[Command]):

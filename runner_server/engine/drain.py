@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 
-from runner_server.engine.generation_request import GenerationRequest
+from runner_server.engine.embedding.request import AnyRequest
 from runner_server.errors import Aborted, RunnerFault
 
 
@@ -21,7 +21,7 @@ class Drain:
         future: Resolves once they have ended, or to a fault.
     """
 
-    def __init__(self, requests: Iterable[GenerationRequest]) -> None:
+    def __init__(self, requests: Iterable[AnyRequest]) -> None:
         self.requests = tuple(requests)
         self.future: Future[None] = Future()
         self._left = {request.id for request in self.requests}

@@ -26,6 +26,8 @@ from runner_server.engine.commands import (
     Unload,
 )
 from runner_server.engine.drain import Drain
+from runner_server.engine.embedding.request import AnyRequest, EmbeddingRequest
+from runner_server.engine.embedding.types import EmbedSpec
 from runner_server.engine.generation_request import GenerationRequest
 from runner_server.engine.output.wakeups import call_on_loop
 from runner_server.engine.request import RequestStatus
@@ -186,7 +188,14 @@ class Engine:
         self._commands.put(request)
         return request
 
-    def cancel(self, request: GenerationRequest) -> None:
+    def embed(self, model: ModelHandle, spec: EmbedSpec) -> EmbeddingRequest:
+        """Queue a request to embed texts; see :meth:`submit`."""
+        request = EmbeddingRequest(spec)
+        self._registry.accept(model, request)
+        self._commands.put(request)
+        return request
+
+    def cancel(self, request: AnyRequest) -> None:
         """Cancel a request whose reader is gone or whose stream has ended. No-op once finished."""
         if request.status is not RequestStatus.FINISHED:
             self._commands.put(Cancel(request))
@@ -225,7 +234,7 @@ class Engine:
         """Raise :class:`ShuttingDown` if new requests are refused because of a drain."""
         self._registry.refuse_when_draining()
 
-    def _end(self, request: GenerationRequest, fault: RunnerFault) -> bool:
+    def _end(self, request: AnyRequest, fault: RunnerFault) -> bool:
         """End a request with a fault; return False if it had already ended."""
         if not request.stream.fail(fault):
             return False

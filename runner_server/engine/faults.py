@@ -68,6 +68,18 @@ def row_fault(failure: Failure, length: int, dtype: str) -> RunnerFault:
     )
 
 
+def vector_fault(dtype: str) -> GenerationFailed:
+    """Return the fault of a request to embed whose vector is not finite.
+
+    Args:
+        dtype: Format of the weights in memory.
+    """
+    return GenerationFailed(
+        "the vector of a text is not finite (NaN or infinity); the model's weights are held as "
+        f"{dtype}: {not_finite_advice(dtype)}"
+    )
+
+
 def load_fault(spec: LoadSpec, error: Exception) -> RunnerFault:
     """Log a failed load; return the fault without tracebacks, which would keep arrays alive."""
     if isinstance(error, RunnerFault):

@@ -1,4 +1,4 @@
-"""The prompts in prefill, and their next chunks."""
+"""The prompts in prefill and the texts to embed, and their next chunks."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+from runner_server.engine.embedding.texts import TextJob, texts_together
 from runner_server.engine.prefill_policy import PrefillPolicy
 from runner_server.engine.prefix_cache import Match
 from runner_server.engine.types import CachePolicy, Prefill
-from runner_server.engine.work import PrefillItem, PromoteItem, PromptChunk, WorkReport
+from runner_server.engine.work import (
+    EmbedItem,
+    PrefillItem,
+    PromoteItem,
+    PromptChunk,
+    WorkReport,
+)
 
 _WORTHWHILE = 32
 """Fewest tokens that a snapshot must save a later prompt, to be worth ending a chunk for."""
@@ -39,6 +46,7 @@ class PrefillLimits:
         needs_snapshot: Whether a prefix can be reused only where a snapshot was taken.
         max_prompts: Returns the most prompts that memory allows in one call, given the tokens to
             prefill of each and the tokens already in its caches.
+        max_texts: Returns the most texts to embed in one call, given the tokens of the longest.
     """
 
     max_chunk: int
@@ -47,6 +55,7 @@ class PrefillLimits:
     can_pad: bool = True
     needs_snapshot: bool = False
     max_prompts: Callable[[int, int], int] = lambda _length, _before: 1 << 30
+    max_texts: Callable[[int], int] = lambda _length: 1 << 30
 
 
 @dataclass(eq=False)
@@ -133,7 +142,9 @@ class ChunkStart:
 
 
 class PrefillQueue:
-    """Queue of the prompts in prefill, in order of arrival.
+    """Queue of the prompts in prefill and of the texts to embed, in order of arrival.
+
+    All texts of a request count like one prompt when time is divided.
 
     Args:
         limits: The model's limits of one prefill call.
@@ -152,9 +163,12 @@ class PrefillQueue:
         self._find_on_disk = find_on_disk
         self._policy = PrefillPolicy(limits.max_chunk)
         self._prompts: dict[int, _Prompt] = {}
+        self._texts: dict[int, TextJob] = {}
+        # The rows of both, in order of arrival.
+        self._order: dict[int, None] = {}
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        return len(self._order)
 
     def add(
         self,
@@ -174,15 +188,23 @@ class PrefillQueue:
                 alone and in chunks of at most ``PrefillLimits.max_logits``.
         """
         ids = array("i", prompt_ids)
+        self._order[row] = None
         prompt = self._prompts[row] = _Prompt(row, ids, cache_policy, needs_logits)
         prompt.position = self._look_up(prompt).position
         if cache_policy.reads and prompt.remaining >= _WORTHWHILE:
             on_disk = self._find_on_disk(ids[:-1], cache_policy.salt)
             prompt.on_disk = on_disk if on_disk - prompt.position >= _WORTHWHILE else 0
 
+    def add_texts(self, row: int, lengths: Sequence[int]) -> None:
+        """Add the texts of a request, with the number of tokens of each."""
+        self._order[row] = None
+        self._texts[row] = TextJob(row, lengths)
+
     def remove(self, row: int) -> None:
-        """Remove the prompt of a row. No-op if unknown."""
+        """Remove the prompt of a row, or the texts of a request. No-op if unknown."""
+        self._order.pop(row, None)
         self._prompts.pop(row, None)
+        self._texts.pop(row, None)
 
     @property
     def ending_soon(self) -> int:
@@ -191,34 +213,52 @@ class PrefillQueue:
 
     def begin_slice(self, decode_seconds: float, decoding: int) -> None:
         """Begin a slice of time; see ``PrefillPolicy.begin_slice``."""
-        self._policy.begin_slice(decode_seconds, decoding, len(self._prompts))
+        self._policy.begin_slice(decode_seconds, decoding, len(self._order))
 
-    def next_item(self) -> PrefillItem | PromoteItem | None:
+    def next_item(self) -> PrefillItem | PromoteItem | EmbedItem | None:
         """Return the next chunks, or first the next copy of a prefix from disk.
 
         The caller must :meth:`record` them before the next call.
 
         Returns:
-            None when the slice is over or no prompt is left.
+            None when the slice is over or nothing is left.
         """
-        choice = self._policy.next({row: each.remaining for row, each in self._prompts.items()})
+        choice = self._policy.next({row: self._remaining(row) for row in self._order})
         if choice is None:
             return None
         row, count = choice
-        prompt = self._prompts[row]
+        if row in self._texts:
+            return self._embed(self._texts[row], count)
+        return self._prefill(self._prompts[row], count)
+
+    def _remaining(self, row: int) -> int:
+        return (self._prompts.get(row) or self._texts[row]).remaining
+
+    def _embed(self, job: TextJob, count: int) -> EmbedItem:
+        chunk = job.next_chunk(count, self._limits.max_chunk)
+        if not job.is_whole(chunk):
+            return EmbedItem((chunk,))
+        others = (each for each in self._texts.values() if each is not job)
+        tokens = max(count, min(self._policy.token_capacity, self._limits.max_tokens))
+        most = min(tokens // chunk.count, self._limits.max_texts(chunk.count))
+        return EmbedItem(texts_together(job, chunk, others, most))
+
+    def _prefill(self, prompt: _Prompt, count: int) -> PrefillItem | PromoteItem:
         first = self._look_up(prompt)
         prompt.position = first.position
         if prompt.is_on_disk:
-            return PromoteItem(row)
+            return PromoteItem(prompt.row)
         if prompt.needs_logits:
             count = min(count, self._limits.max_logits)
-        starts = [first, *self._companions(first, count)]
+        starts = [first, *self._companions(first, count, is_alone=prompt.needs_logits)]
         needs_snapshot = self._limits.needs_snapshot
         return PrefillItem(
             tuple(start.chunk(count, needs_snapshot=needs_snapshot) for start in starts)
         )
 
-    def record(self, item: PrefillItem, report: WorkReport) -> tuple[list[Prefill], list[int]]:
+    def record(
+        self, item: PrefillItem | EmbedItem, report: WorkReport
+    ) -> tuple[list[Prefill], list[int]]:
         """Record the chunks run, and the report of their results.
 
         Returns:
@@ -227,6 +267,23 @@ class PrefillQueue:
         tokens = sum(chunk.count for chunk in item.chunks)
         if tokens:
             self._policy.record(tokens, report.seconds)
+        if isinstance(item, EmbedItem):
+            return self._record_texts(item), []
+        return self._record_prompts(item, report)
+
+    def _record_texts(self, item: EmbedItem) -> list[Prefill]:
+        events = []
+        for chunk in item.chunks:
+            job = self._texts[chunk.row]
+            if progress := job.record(chunk):
+                events.append(Prefill(chunk.row, *progress))
+            if not job.remaining:
+                self.remove(chunk.row)
+        return events
+
+    def _record_prompts(
+        self, item: PrefillItem, report: WorkReport
+    ) -> tuple[list[Prefill], list[int]]:
         events, ready = [], []
         for chunk in item.chunks:
             prompt = self._prompts[chunk.row]
@@ -238,7 +295,7 @@ class PrefillQueue:
             total, logprobs = len(prompt.ids), report.prompt_logprobs
             events.append(Prefill(chunk.row, prompt.prefilled, total, prompt.cached, logprobs))
             if prompt.prefilled == prompt.end:
-                del self._prompts[chunk.row]
+                self.remove(chunk.row)
                 ready.append(chunk.row)
         return events, ready
 
@@ -266,10 +323,10 @@ class PrefillQueue:
         lookahead = tuple(prompt.ids[position : position + _WORTHWHILE])
         return ChunkStart(prompt.row, position, restored, prompt.end, branch, lookahead, policy)
 
-    def _companions(self, first: ChunkStart, count: int) -> list[ChunkStart]:
+    def _companions(self, first: ChunkStart, count: int, *, is_alone: bool) -> list[ChunkStart]:
         """Return the starts of the prompts to prefill in the same call as ``first``."""
         length = first.remaining
-        is_alone = self._prompts[first.row].needs_logits or first.branch is not None
+        is_alone = is_alone or first.branch is not None
         if length < 2 or count < length or is_alone:
             return []
         affordable = min(self._policy.token_capacity, self._limits.max_tokens) // length

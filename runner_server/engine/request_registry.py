@@ -16,6 +16,7 @@ from runner_common.units import format_bytes
 from runner_server.engine.backend import ModelHandle
 from runner_server.engine.commands import Load, ModelCommand
 from runner_server.engine.drain import Drain
+from runner_server.engine.embedding.request import AnyRequest, EmbeddingRequest
 from runner_server.engine.faults import draining_fault, exiting_fault, stopping_fault
 from runner_server.engine.generation_request import GenerationRequest
 from runner_server.engine.health.heartbeat import Heartbeat
@@ -53,7 +54,7 @@ class RequestRegistry:
         self._lock = threading.Lock()
         self._state = State.IDLE
         self._model: ModelHandle | None = None
-        self._requests: dict[int, GenerationRequest] = {}
+        self._requests: dict[int, AnyRequest] = {}
         self._model_command: ModelCommand[Any] | None = None
         self._trims: set[Future[None]] = set()
         self._drains: set[Drain] = set()
@@ -65,7 +66,7 @@ class RequestRegistry:
 
     # -- checks of the event loop ------------------------------------------------
 
-    def accept(self, model: ModelHandle, request: GenerationRequest) -> None:
+    def accept(self, model: ModelHandle, request: AnyRequest) -> None:
         """Register a request.
 
         Raises:
@@ -90,7 +91,7 @@ class RequestRegistry:
         waiting = RequestStatus.WAITING
         return sum(request.status is waiting for request in self._requests.values())
 
-    def named(self, request_ids: Collection[str]) -> list[GenerationRequest]:
+    def named(self, request_ids: Collection[str]) -> list[AnyRequest]:
         """Return the unfinished requests whose callers gave them one of these names.
 
         Raises:
@@ -98,7 +99,7 @@ class RequestRegistry:
         """
         with self._lock:
             self.refuse_when_ending()
-            return [each for each in self._requests.values() if each.spec.request_id in request_ids]
+            return [each for each in self._requests.values() if each.request_id in request_ids]
 
     def begin_drain(self) -> Drain:
         """Refuse new requests, if a model is loaded; return the wait for the accepted ones.
@@ -277,12 +278,17 @@ class RequestRegistry:
         stats = request.stats()
         self._recent.note_prompt(stats.prompt_count, stats.cached_count)
 
-    def remove(self, request: GenerationRequest, running_seconds: float | None = None) -> None:
+    def remove(
+        self,
+        request: AnyRequest,
+        running_seconds: float | None = None,
+    ) -> None:
         """Remove a finished request.
 
         Args:
             request: The request.
-            running_seconds: Time that it occupied a slot; None if it was cancelled or failed.
+            running_seconds: Time that it occupied a slot; None if it had none, was cancelled or
+                failed.
         """
         with self._lock:
             self._requests.pop(request.id, None)
@@ -299,7 +305,7 @@ class RequestRegistry:
             self._model, self._recent = model, RecentWork()
         self._on_change()
 
-    def withdraw_model(self) -> list[GenerationRequest]:
+    def withdraw_model(self) -> list[AnyRequest]:
         """Stop accepting requests; return the unfinished ones."""
         with self._lock:
             self._model = None
@@ -335,7 +341,7 @@ class RequestRegistry:
             self._fail_drains(stopping_fault())
         self._on_change()
 
-    def die(self, text: str) -> list[GenerationRequest]:
+    def die(self, text: str) -> list[AnyRequest]:
         """Refuse further calls because the engine is dead; return the unfinished requests."""
         with self._lock:
             self._state, self._last_error = State.FAILED, text[:_MAX_ERROR_CHARS]
@@ -369,14 +375,18 @@ def _kv_token_capacity(model: ModelHandle) -> int:
     return int(min(info.parallel, fitting) * info.context_length)
 
 
-def _require_memory(model: ModelHandle, request: GenerationRequest) -> None:
+def _require_memory(model: ModelHandle, request: AnyRequest) -> None:
     """Refuse a request whose KV cache would not fit even alone."""
     need, budget = model.kv_bytes(request.max_length), model.info.kv_budget_bytes
     if need > budget:
+        advice = (
+            "split the text"
+            if isinstance(request, EmbeddingRequest)
+            else "request fewer with num_predict"
+        )
         raise InsufficientMemory(
             f"{request.max_length} tokens need {format_bytes(need)} of KV cache and "
-            f"{format_bytes(budget)} may be used; request fewer with num_predict, or load with "
-            "more memory",
+            f"{format_bytes(budget)} may be used; {advice}, or load with more memory",
             requiredBytes=need,
             availableBytes=budget,
         )

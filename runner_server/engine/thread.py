@@ -27,22 +27,22 @@ from runner_server.engine.commands import (
     Trim,
     Unload,
 )
+from runner_server.engine.dispatch import EventDispatcher
+from runner_server.engine.embedding.request import AnyRequest, EmbeddingRequest
 from runner_server.engine.faults import (
     death_faults,
     load_fault,
-    row_fault,
     step_fault,
     stopping_fault,
 )
 from runner_server.engine.generation_request import GenerationRequest
-from runner_server.engine.output.channel import OutputChannel
 from runner_server.engine.output.wakeups import WakeupCoalescer, call_on_loop
 from runner_server.engine.request import RequestStatus
 from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.scheduler import Scheduler
-from runner_server.engine.types import Event, Failure, LoadSpec, ModelInfo, Prefill, Token
+from runner_server.engine.types import LoadSpec, ModelInfo
 from runner_server.engine.work import DecodeItem, WorkItem
-from runner_server.errors import InvalidField, RunnerFault, ShuttingDown
+from runner_server.errors import RunnerFault, ShuttingDown
 
 _T = TypeVar("_T")
 
@@ -89,9 +89,7 @@ class EngineThread:
         self._model: LoadedModel | None = None
         self._executor: Executor | None = None
         self._scheduler = Scheduler(max_draft)
-        self._wakeups = WakeupCoalescer(loop)
-        self._updated: list[OutputChannel] = []
-        self._urgent: list[OutputChannel] = []
+        self._dispatcher = EventDispatcher(self._scheduler, registry, WakeupCoalescer(loop))
         self._failed_steps = 0
         self._has_stepped = False
         self._prefix_cache_bytes = 0
@@ -103,9 +101,9 @@ class EngineThread:
             self.device = self._backend.open()
             while not self._registry.is_stopping:
                 self._take_commands()
-                self._publish()
+                self._dispatcher.publish()
                 self._guarded(self._admit_and_run)
-                self._publish()
+                self._dispatcher.publish()
             self._close()
         except BaseException as error:  # noqa: BLE001 - a dead thread must not look alive
             self._die(error)
@@ -144,7 +142,7 @@ class EngineThread:
 
     def _handle(self, command: Command) -> None:
         match command:
-            case GenerationRequest():
+            case GenerationRequest() | EmbeddingRequest():
                 # FINISHED if its model was replaced or unloaded while it was in the queue.
                 if command.status is RequestStatus.WAITING:
                     self._scheduler.add(command)
@@ -179,7 +177,7 @@ class EngineThread:
         self._backend.trim()
         self._registry.end_trim(trim.future)
 
-    def _cancel(self, request: GenerationRequest) -> None:
+    def _cancel(self, request: AnyRequest) -> None:
         """Finish a request whose reader is gone. No-op once finished."""
         if request.status is RequestStatus.FINISHED:
             return
@@ -212,15 +210,14 @@ class EngineThread:
     def _admit_and_run(self, model: LoadedModel, executor: Executor) -> None:
         for request in self._scheduler.admit(model):
             self._registry.note_admission()
-            spec = request.spec
-            policy, matcher = spec.cache_policy, request.matcher
-            executor.add(request.id, spec.prompt_ids, spec.sampling, policy, matcher)
+            _add(request, executor)
         if item := self._scheduler.next_item():
             self._run(item, executor)
             model.save_prefixes(is_idle=False)
             if isinstance(item, DecodeItem):
                 self._preempt_slow_readers(executor)
-                # Not after prefill, which may succeed each time before a decode step that fails.
+            # Not after prefill, which may succeed each time before a decode step that fails.
+            if isinstance(item, DecodeItem) or not self._scheduler.admitted:
                 self._failed_steps = 0
 
     def _run(self, item: WorkItem, executor: Executor) -> None:
@@ -228,16 +225,11 @@ class EngineThread:
         report = executor.run(item)
         if report.drafted:
             self._scheduler.admitted[report.events[0].row].on_draft(report.drafted)
-        tokens, ended = 0, []
-        for event in self._scheduler.record(item, report):
-            # A draft may go on after the token that ends the text.
-            tokens += isinstance(event, Token) and event.row in self._scheduler.admitted
-            if (row := self._on_event(event)) is not None:
-                ended.append(row)
-        self._registry.note_step(tokens)
+        dtype = self._model.info.dtype if self._model else ""
+        ended = self._dispatcher.dispatch(self._scheduler.record(item, report), dtype)
         if ended:
             # Before `remove`, which takes time to copy KV caches into the prefix cache.
-            self._publish()
+            self._dispatcher.publish()
             executor.remove(ended)
 
     def _preempt_slow_readers(self, executor: Executor) -> None:
@@ -246,63 +238,14 @@ class EngineThread:
             self._scheduler.preempt(request)
             request.stream.on_drained(partial(self._commands.put, Resume(request.id)))
 
-    def _on_event(self, event: Event) -> int | None:
-        """Pass an event to its request; return the row if the request has finished."""
-        request = self._scheduler.admitted.get(event.row)
-        if request is None:
-            return None
-        if isinstance(event, Failure):
-            self._fail_row(request, event)
-            return request.id
-        if isinstance(event, Prefill):
-            request.on_prefill(event)
-            if event.prefilled < event.total - 1:
-                # The end of a prefill is merged with the first token, which follows at once.
-                self._updated.append(request.stream)
-            return None
-        self._updated.append(request.stream)
-        is_first = request.status is RequestStatus.PREFILLING
-        result = request.on_token(event)
-        if is_first:
-            self._registry.note_first_token(request)
-        if is_first or result:
-            self._urgent.append(request.stream)
-        if result is None:
-            return None
-        self._scheduler.remove(request)
-        self._registry.remove(request, request.running_seconds(result))
-        return request.id
-
-    def _publish(self) -> None:
-        """Schedule wakeups of the readers with new output."""
-        if self._updated or self._urgent:
-            self._wakeups.publish(self._updated, self._urgent)
-            self._updated, self._urgent = [], []
-
     def _recover(self, error: Exception) -> None:
         """Fail the requests of the batch; raise after too many consecutive failed steps."""
         self._failed_steps += 1
         self._registry.note_error(f"a step failed: {type(error).__name__}")
-        logger.error("step failed with %d rows", len(self._scheduler.admitted), exc_info=error)
-        self._fail([*self._scheduler.admitted.values()], step_fault(error))
+        logger.error("step failed with %d rows", len(self._scheduler.all_admitted), exc_info=error)
+        self._dispatcher.fail(self._scheduler.all_admitted, step_fault(error))
         if self._failed_steps >= _MAX_FAILED_STEPS:
             raise RuntimeError(f"{self._failed_steps} steps in a row failed") from error
-
-    def _fail_row(self, request: GenerationRequest, failure: Failure) -> None:
-        dtype = self._model.info.dtype if self._model else ""
-        fault = row_fault(failure, request.length, dtype)
-        # A constraint that cannot be met is not an error of the runner.
-        if not isinstance(fault, InvalidField):
-            self._registry.note_error("a completion failed: logits are not finite")
-            logger.error("row %d failed: %s", request.id, fault)
-        self._fail([request], fault)
-
-    def _fail(self, requests: list[GenerationRequest], fault: RunnerFault) -> None:
-        for request in requests:
-            self._scheduler.remove(request)
-            self._registry.remove(request)
-            request.fail(fault)
-            self._urgent.append(request.stream)
 
     # -- loads and unloads -------------------------------------------------------
 
@@ -373,8 +316,8 @@ class EngineThread:
         return max(0, before - self._backend.memory().held_bytes)
 
     def _end_all(self, fault: RunnerFault) -> None:
-        self._fail(self._registry.withdraw_model(), fault)
-        self._publish()
+        self._dispatcher.fail(self._registry.withdraw_model(), fault)
+        self._dispatcher.publish()
 
     def _free_model(self, *, for_next: bool = False) -> None:
         if self._executor:
@@ -397,8 +340,8 @@ class EngineThread:
     def _die(self, error: BaseException) -> None:
         logger.critical("the engine is dead; the process exits", exc_info=error)
         text, fault, refusal = death_faults(error)
-        self._fail(self._registry.die(text), fault)
-        self._publish()
+        self._dispatcher.fail(self._registry.die(text), fault)
+        self._dispatcher.publish()
         self._registry.fail_commands(refusal)
         call_on_loop(self._loop, self._on_death)
         self._scheduler.clear()
@@ -407,3 +350,12 @@ class EngineThread:
             self._backend.close()
         except Exception:
             logger.exception("the model library could not be closed")
+
+
+def _add(request: AnyRequest, executor: Executor) -> None:
+    """Add an admitted request to the executor."""
+    if isinstance(request, EmbeddingRequest):
+        executor.add_texts(request.id, request.spec.texts)
+        return
+    spec = request.spec
+    executor.add(request.id, spec.prompt_ids, spec.sampling, spec.cache_policy, request.matcher)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from runner_common.contract import DEFAULT_PARALLEL
 from runner_server.chat.format import ChatFormat
+from runner_server.engine.embedding.types import Embedded, EmbeddingInfo
 from runner_server.engine.logprobs import PromptLogprobs, TokenLogprob
 from runner_server.engine.prefix_disk import DiskCounters
 
@@ -85,6 +86,8 @@ class ModelInfo:
         warnings: Differences between the output and the model that the files describe.
         chat: The form of conversations.
         takes_constraints: Whether texts can be constrained; see ``LoadedModel.grammars``.
+        completes: Whether the model has an output layer, without which it only embeds texts.
+        embedding: Whether and how the model embeds texts.
     """
 
     name: str
@@ -106,6 +109,8 @@ class ModelInfo:
     warnings: tuple[str, ...] = ()
     chat: ChatFormat = field(default_factory=ChatFormat)
     takes_constraints: bool = False
+    completes: bool = True
+    embedding: EmbeddingInfo = field(default_factory=EmbeddingInfo)
 
 
 TOOL_CALLS = "tool_calls"
@@ -251,7 +256,7 @@ class NoLegalToken:
 Failure = NotFinite | NoLegalToken
 """Event after which a row must end."""
 
-Event = Prefill | Token | Failure
+Event = Prefill | Token | Embedded | Failure
 """Progress of one row, made by a work item."""
 
 

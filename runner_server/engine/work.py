@@ -10,12 +10,17 @@ are in the prefix cache:
 3. ``DecodeItem()``: one more token for each row of the batch.
 4. ``DecodeItem(draft=(7, 8, 9))``: the only row of the batch is likely to continue with these. If
    it does with 7 and 8, the step reports them and the token that comes instead of 9.
+
+Texts to embed have no rows in the batch. For a request with texts of 12 and 10 tokens,
+``EmbedItem((TextChunk(row, text=0, count=12, is_last=True), TextChunk(row, text=1, ...)))``
+evaluates both, and reports their vectors.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from runner_server.engine.embedding.types import Embedded
 from runner_server.engine.logprobs import PromptLogprobs
 from runner_server.engine.types import Failure, Token
 
@@ -77,7 +82,35 @@ class PromoteItem:
     row: int
 
 
-WorkItem = PrefillItem | DecodeItem | PromoteItem
+@dataclass(frozen=True)
+class TextChunk:
+    """The next tokens of one text to embed.
+
+    Attributes:
+        row: Id of the request.
+        text: Index of the text in the request.
+        count: Tokens to evaluate after those of earlier chunks of the text.
+        is_last: Whether they end the text, so that the report has its vector.
+    """
+
+    row: int
+    text: int
+    count: int
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class EmbedItem:
+    """Texts to evaluate in one call of the model.
+
+    Attributes:
+        chunks: At least one. If there are several, each is a whole text, the first the longest.
+    """
+
+    chunks: tuple[TextChunk, ...]
+
+
+WorkItem = PrefillItem | DecodeItem | PromoteItem | EmbedItem
 
 
 @dataclass(frozen=True)
@@ -87,9 +120,10 @@ class WorkReport:
     Attributes:
         seconds: Duration of the work itself.
         waited_seconds: Time spent before it, waiting for a decode step launched earlier.
-        events: At most one for each row, or several tokens of one row with a draft. The second step
-            of a row yields none: from then on each step is launched before the tokens of the
-            previous one are read.
+        events: At most one for each row, or several tokens of one row with a draft, and one for
+            each text that an ``EmbedItem`` completes; a vector that is not finite is a failure of
+            its row. The second step of a row yields none: from then on each step is launched
+            before the tokens of the previous one are read.
         drafted: Number of drafted tokens checked; 0 if the first one was already wrong.
         prompt_logprobs: The log probabilities computed by a ``PrefillItem`` with one chunk, of a
             row that requests them.
@@ -98,7 +132,7 @@ class WorkReport:
 
     seconds: float
     waited_seconds: float = 0.0
-    events: tuple[Token | Failure, ...] = ()
+    events: tuple[Token | Embedded | Failure, ...] = ()
     drafted: int = 0
     prompt_logprobs: PromptLogprobs | None = None
     is_promoting: bool = False

@@ -18,9 +18,11 @@ from runner_server.engine.prefix_disk import DiskTier
 from runner_server.engine.types import CachePolicy, NotFinite, Sampling
 from runner_server.engine.work import (
     DecodeItem,
+    EmbedItem,
     PrefillItem,
     PromoteItem,
     PromptChunk,
+    TextChunk,
     WorkItem,
     WorkReport,
 )
@@ -34,6 +36,7 @@ from runner_server.mlx_backend.cache.row_caches import (
 from runner_server.mlx_backend.constraints.matcher import RowMatcher
 from runner_server.mlx_backend.decode import DecodeBatch, Row
 from runner_server.mlx_backend.drawing import Agree
+from runner_server.mlx_backend.embedding.texts import TextModel, TextRows
 from runner_server.mlx_backend.sampling.prompt_logprobs import ChunkLogprobs
 from runner_server.mlx_backend.stream_errors import recover
 
@@ -81,6 +84,10 @@ class BatchBudget:
         cost = self.chunk_bytes(length, before) + copies
         return int(min(MAX_PARALLEL, self.working_bytes / max(cost, 1)))
 
+    def max_texts_together(self, length: int) -> int:
+        """Return the most texts of ``length`` tokens to embed in one call, without caches."""
+        return int(min(MAX_PARALLEL, self.working_bytes / max(self.chunk_bytes(length, 0), 1)))
+
 
 class MlxExecutor:
     """Implements ``runner_server.engine.backend.Executor`` for one batch of a model.
@@ -94,6 +101,7 @@ class MlxExecutor:
         agree: See :class:`DecodeBatch`; None if there is one rank.
         budget: The memory of the batch; None = unlimited.
         disk: The prefix cache on disk; None without one.
+        texts: Computes vectors of texts; None for a model that does not embed.
     """
 
     def __init__(
@@ -106,6 +114,7 @@ class MlxExecutor:
         agree: Agree | None = None,
         budget: BatchBudget | None = None,
         disk: MlxDiskTier | None = None,
+        texts: TextModel | None = None,
     ) -> None:
         self._model = model
         self._vocab_size = vocab_size
@@ -118,6 +127,7 @@ class MlxExecutor:
         self._outside: dict[int, Row] = {}
         self._decoding = DecodeBatch(model, vocab_size, agree)
         self._agree = agree
+        self._texts = TextRows(texts) if texts else None
 
     def add(
         self,
@@ -132,6 +142,10 @@ class MlxExecutor:
         self._outside[row] = Row(
             row, sampling, prompt_ids, prompt_ids[-1], cache_policy, own, caches=caches
         )
+
+    def add_texts(self, row: int, texts: Sequence[Sequence[int]]) -> None:
+        """Add texts to embed; see ``Executor.add_texts``."""
+        self._require_texts().add(row, texts)
 
     def find_prefix(self, prompt_ids: Sequence[int], salt: str) -> Match:
         """Look a prompt up in the prefix cache; see ``Executor.find_prefix``."""
@@ -151,6 +165,8 @@ class MlxExecutor:
                     return self._decode(item)
                 case PromoteItem(row):
                     return self._promote(self._outside[row])
+                case EmbedItem(chunks):
+                    return self._embed(chunks)
                 case _:
                     assert_never(item)
         except Exception:
@@ -180,11 +196,14 @@ class MlxExecutor:
         if self._disk:
             for id_ in rows:
                 self._disk.end(id_)
+        if self._texts:
+            self._texts.remove(rows)
 
     def close(self) -> None:
         """Free everything; see ``Executor.close``."""
         self._outside.clear()
         self._decoding.leave(self._decoding.rows)
+        self._texts = None
 
     # -- decode ------------------------------------------------------------------
 
@@ -274,6 +293,22 @@ class MlxExecutor:
         row.is_finite = found.are_finite
         return found
 
+    # -- embedding ---------------------------------------------------------------
+
+    def _embed(self, chunks: Sequence[TextChunk]) -> WorkReport:
+        texts = self._require_texts()
+        waited = self._finish_decoding()
+        if held := texts.held_after(chunks):
+            self._compact_to_fit(self._budget.row_bytes(held))
+        began = self._clock()
+        events = texts.run(chunks)
+        return WorkReport(self._clock() - began, waited, events=tuple(events))
+
+    def _require_texts(self) -> TextRows:
+        if self._texts is None:
+            raise RuntimeError("this model does not embed texts")
+        return self._texts
+
     def _finish_decoding(self) -> float:
         """Wait for the decode step in flight, as prefill would do anyway.
 
@@ -313,7 +348,9 @@ class MlxExecutor:
 
     def _outside_bytes(self) -> int:
         """Return the bytes of caches outside the decode batch."""
-        return sum(self._budget.row_bytes(len(row.tokens)) for row in self._outside.values())
+        counts = [len(row.tokens) for row in self._outside.values()]
+        counts += self._texts.held_counts if self._texts else []
+        return sum(map(self._budget.row_bytes, counts))
 
     def _compact_to_fit(self, more_bytes: int) -> None:
         """Compact the decode batch if ``more_bytes`` in addition would exceed the budget."""

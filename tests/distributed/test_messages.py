@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from runner_server.distributed import messages as msg
 from runner_server.distributed.follower_state import TRANSITIONS, FollowerState, next_state
 from runner_server.engine.types import CachePolicy, Dtype, LoadSpec, Sampling
-from runner_server.engine.work import PromptChunk
+from runner_server.engine.work import PromptChunk, TextChunk
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 SEEDS = st.integers(-(2**63), 2**64 - 1)
@@ -36,6 +36,11 @@ MESSAGES = st.one_of(
         st.lists(st.builds(PromptChunk, *[st.integers(0, 10**6)] * 3, st.booleans())).map(tuple),
     ),
     st.builds(msg.RunDecode, IDS, st.integers(0, 128)),
+    st.builds(msg.AddTexts, st.integers(1, 2**40), st.lists(IDS).map(tuple)),
+    st.builds(
+        msg.RunEmbed,
+        st.lists(st.builds(TextChunk, *[st.integers(0, 10**6)] * 3, st.booleans())).map(tuple),
+    ),
     st.builds(
         msg.StartLoad,
         st.builds(LoadSpec, st.text(), dtype=st.sampled_from(Dtype), memory_override=st.booleans()),

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_server.engine.embedding.request import AnyRequest
 from runner_server.engine.generation_request import GenerationRequest
 from runner_server.engine.scheduler import SECONDS_PER_LEVEL, Scheduler, queue_position
 from runner_server.engine.types import CompletionSpec
@@ -47,6 +48,7 @@ class Machine:
     def serve(self) -> GenerationRequest:
         """Admit the next request, and let its service take its time."""
         (request,) = self.scheduler.admit(self.model)
+        assert isinstance(request, GenerationRequest)
         self.served.append((request, self.now - request.submitted_at))
         self.scheduler.remove(request)
         self.now += self.service_seconds
@@ -160,7 +162,7 @@ async def test_waiting_completions_are_served_by_priority(server: Server) -> Non
     ]
 
 
-def _admitted_at(request: GenerationRequest) -> float:
+def _admitted_at(request: AnyRequest) -> float:
     return request.submitted_at + request.stats().queue_seconds
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from runner_server.engine.commands import ModelCommand
+    from runner_server.engine.embedding.request import AnyRequest, EmbeddingRequest
     from runner_server.engine.engine import Engine
     from runner_server.engine.generation_request import GenerationRequest
 
@@ -22,18 +23,20 @@ class EngineView:
         running: Admitted requests in the batch.
         preempted: Admitted requests outside the batch.
         resumable: Preempted requests whose readers have caught up.
+        embedding: Admitted requests to embed, by id.
         command_count: Commands that the engine's thread has not taken.
         model_command: The load or unload under way.
         trim_count: Trims under way.
         is_stopping: Whether the engine is stopping or dead.
     """
 
-    requests: tuple[GenerationRequest, ...]
+    requests: tuple[AnyRequest, ...]
     waiting: tuple[GenerationRequest, ...]
     admitted: dict[int, GenerationRequest]
     running: tuple[GenerationRequest, ...]
     preempted: tuple[GenerationRequest, ...]
     resumable: tuple[GenerationRequest, ...]
+    embedding: dict[int, EmbeddingRequest]
     command_count: int
     model_command: ModelCommand[Any] | None
     trim_count: int
@@ -50,6 +53,7 @@ class EngineView:
             running=tuple(scheduler.running),
             preempted=tuple(scheduler.preempted),
             resumable=tuple(scheduler.resumable),
+            embedding=dict(scheduler.embedding),
             command_count=engine._commands.qsize(),
             model_command=registry._model_command,
             trim_count=len(registry._trims),

@@ -13,6 +13,7 @@ from typing import Any
 from runner_server.chat.format import CONTENT, REASONING, AnswerFormat, ChatFormat
 from runner_server.chat.reasoning import Reasoning
 from runner_server.engine.backend import Codec, Grammar, Matcher
+from runner_server.engine.embedding.types import Embedded, EmbeddingInfo
 from runner_server.engine.logprobs import PromptLogprobs, TokenLogprob
 from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import Match
@@ -22,10 +23,11 @@ from runner_server.engine.types import (
     LoadSpec,
     MemoryCounters,
     ModelInfo,
+    NotFinite,
     Sampling,
     Token,
 )
-from runner_server.engine.work import DecodeItem, PrefillItem, WorkItem, WorkReport
+from runner_server.engine.work import DecodeItem, EmbedItem, PrefillItem, WorkItem, WorkReport
 
 EOS = 256
 BOS = 257
@@ -125,6 +127,10 @@ class ByteCodec:
         """See ``Codec.marked``."""
         return MarkedBytes()
 
+    def encode_whole(self, text: str, *, literal: bool = False) -> list[int]:  # noqa: ARG002 - as above
+        """See ``Codec.encode_whole``: a text is between ``BOS`` and ``EOS``."""
+        return [BOS, *text.encode(), EOS]
+
     def fewest_tokens(self, _text: str, _enough: int, *, literal: bool = False) -> int:  # noqa: ARG002 - as above
         """See ``Codec.fewest_tokens``: always 0, since encoding is cheap."""
         return 0
@@ -181,6 +187,7 @@ class FakeExecutor:
     def __init__(self, backend: FakeBackend) -> None:
         self._backend = backend
         self.rows: dict[int, _Row] = {}
+        self.texts: dict[int, Sequence[Sequence[int]]] = {}
         self.decoding: list[int] = []
         self.closed = False
 
@@ -201,6 +208,10 @@ class FakeExecutor:
         reply = self._backend.reply(prompt_ids, sampling)
         self.rows[row] = _Row(reply, sampling, [*prompt_ids])
 
+    def add_texts(self, row: int, texts: Sequence[Sequence[int]]) -> None:
+        """See ``Executor.add_texts``."""
+        self.texts[row] = texts
+
     def find_prefix(self, _prompt_ids: Sequence[int], _salt: str) -> Match:
         """See ``Executor.find_prefix``: no prompt is cached."""
         return Match(0, 0)
@@ -219,6 +230,8 @@ class FakeExecutor:
         if isinstance(item, PrefillItem):
             found = [self._prefill(self.rows[chunk.row], chunk.count) for chunk in item.chunks]
             return WorkReport(ITEM_SECONDS, prompt_logprobs=found[0])
+        if isinstance(item, EmbedItem):
+            return WorkReport(ITEM_SECONDS, events=tuple(self._vectors(item)))
         assert isinstance(item, DecodeItem)
         self.decoding += item.joining
         assert self.decoding, "a step without rows"
@@ -234,6 +247,8 @@ class FakeExecutor:
         if self._backend.remove_failures:
             raise self._backend.remove_failures.pop(0)
         for row in rows:
+            if self.texts.pop(row, None) is not None:
+                continue
             del self.rows[row]
             if row in self.decoding:
                 self.decoding.remove(row)
@@ -241,7 +256,19 @@ class FakeExecutor:
     def close(self) -> None:
         """See ``Executor.close``."""
         self.rows.clear()
+        self.texts.clear()
         self.closed = True
+
+    def _vectors(self, item: EmbedItem) -> Iterator[Embedded | NotFinite]:
+        """Yield a vector for each text that ends: the number and the sum of its tokens."""
+        self._backend.embedded.append(item)
+        for chunk in item.chunks:
+            ids = self.texts[chunk.row][chunk.text]
+            if self._backend.broken_token in ids:
+                yield NotFinite(chunk.row)
+            elif chunk.is_last:
+                vector = array("f", [len(ids), sum(ids)])
+                yield Embedded(chunk.row, chunk.text, vector)
 
     def _prefill(self, row: _Row, count: int) -> PromptLogprobs | None:
         """Advance a prompt; the log probability of a token is minus an eighth of its id."""
@@ -381,6 +408,10 @@ class FakeBackend:
             rows were added.
         matchers: The matcher of every row, in that order.
         weight_bytes: Weights held now.
+        embeds: Whether loaded models embed texts.
+        completes: Whether loaded models complete texts.
+        embedded: Every work item with texts.
+        broken_token: Token of texts whose vectors are not finite.
     """
 
     reply: Reply = endless
@@ -404,6 +435,10 @@ class FakeBackend:
     policies: list[CachePolicy] = field(default_factory=list)
     matchers: list[Matcher | None] = field(default_factory=list)
     weight_bytes: int = 0
+    embeds: bool = True
+    completes: bool = True
+    embedded: list[EmbedItem] = field(default_factory=list)
+    broken_token: int = VOCAB_SIZE
 
     def open(self) -> str:
         """See ``Backend.open``."""
@@ -429,7 +464,14 @@ class FakeBackend:
             if self.load_error and progress >= 40:
                 error, self.load_error = self.load_error, None
                 raise error
-        info = replace(model_info(spec), kv_budget_bytes=self.kv_budget_bytes, chat=self.chat)
+        info = replace(
+            model_info(spec),
+            kv_budget_bytes=self.kv_budget_bytes,
+            chat=self.chat,
+            completes=self.completes,
+        )
+        if self.embeds:
+            info = replace(info, embedding=EmbeddingInfo(2, info.context_length, problem=""))
         return FakeModel(self, info)
 
     def memory(self) -> MemoryCounters:

@@ -9,7 +9,14 @@ from runner_server.engine.batch_planner import BatchPlanner
 from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import Match
 from runner_server.engine.types import CachePolicy, Prefill, Token
-from runner_server.engine.work import PrefillItem, PromoteItem, WorkItem, WorkReport
+from runner_server.engine.work import (
+    DecodeItem,
+    EmbedItem,
+    PrefillItem,
+    PromoteItem,
+    WorkItem,
+    WorkReport,
+)
 
 PACE = 2000.0
 """Tokens a second of the simulated machine, in prefill and in decode."""
@@ -32,6 +39,7 @@ class Machine:
         on_disk: Prefixes on the simulated disk.
         lost_from: Position from which on nothing can be read from the disk.
         items: Items run until now.
+        embedded: Texts embedded, by request.
     """
 
     limits: PrefillLimits = LIMITS
@@ -44,12 +52,16 @@ class Machine:
     on_disk: list[tuple[int, ...]] = field(default_factory=list)
     lost_from: int = 1 << 30
     items: list[WorkItem] = field(default_factory=list)
+    embedded: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.planner = BatchPlanner(self.limits, self.find_prefix, find_on_disk=self.find_on_disk)
         self._prompts: dict[int, Sequence[int]] = {}
         self._decoding: set[int] = set()
         self._prefilled: dict[int, int] = {}
+        self._lengths: dict[int, Sequence[int]] = {}
+        # The text of each request of which a part was evaluated, and the number of its tokens.
+        self._evaluated: dict[int, tuple[int | None, int]] = {}
 
     def add(
         self,
@@ -64,10 +76,17 @@ class Machine:
         policy = cache_policy or CachePolicy()
         self.planner.add(row, prompt, policy, needs_logits=needs_logits)
 
+    def add_texts(self, row: int, lengths: Sequence[int]) -> None:
+        """Add the texts of a request to embed."""
+        self._lengths[row], self.embedded[row] = lengths, []
+        self._evaluated[row] = (None, 0)
+        self.planner.add_texts(row, lengths)
+
     def remove(self, row: int) -> None:
-        """Remove a row."""
+        """Remove a row, or a request to embed."""
         self._decoding.discard(row)
-        del self._prompts[row]
+        self._lengths.pop(row, None)
+        self._prompts.pop(row, None)
         self.planner.remove(row)
 
     def find_prefix(self, prompt: Sequence[int], _salt: str) -> Match:
@@ -93,6 +112,8 @@ class Machine:
             report = self._prefill(item)
         elif isinstance(item, PromoteItem):
             report = self._promote(item)
+        elif isinstance(item, EmbedItem):
+            report = self._embed(item)
         else:
             self._decoding.update(item.joining)
             report = self._spend(len(self._decoding))
@@ -100,13 +121,13 @@ class Machine:
         for event in self.planner.record(item, report):
             if isinstance(event, Prefill):
                 self.progress[event.row] = event
-            else:
+            elif isinstance(event, Token):
                 self.tokens[event.row] += 1
         return item
 
     def step(self) -> None:
         """Run items up to the next decode step, or to the end of a slice without one."""
-        while (item := self.run_item()) and isinstance(item, PrefillItem | PromoteItem):
+        while (item := self.run_item()) and not isinstance(item, DecodeItem):
             pass
 
     def _promote(self, item: PromoteItem) -> WorkReport:
@@ -117,6 +138,23 @@ class Machine:
             return report
         self.stored.append(prompt[:reached])
         return replace(report, is_promoting=reached < self.find_on_disk(prompt, ""))
+
+    def _embed(self, item: EmbedItem) -> WorkReport:
+        for chunk in item.chunks:
+            length = self._lengths[chunk.row][chunk.text]
+            text, done = self._evaluated[chunk.row]
+            assert text in (None, chunk.text), "two texts of a request are evaluated in part"
+            done += chunk.count
+            assert chunk.is_last == (done == length)
+            assert len(item.chunks) == 1 or chunk.count == length
+            assert 0 < chunk.count <= self.limits.max_chunk
+            self._evaluated[chunk.row] = (None, 0) if chunk.is_last else (chunk.text, done)
+            if chunk.is_last:
+                self.embedded[chunk.row].append(chunk.text)
+        # A machine evaluates padding, too.
+        longest = max(chunk.count for chunk in item.chunks)
+        assert len(item.chunks) == 1 or len(item.chunks) * longest <= self.limits.max_tokens
+        return self._spend(len(item.chunks) * longest)
 
     def _prefill(self, item: PrefillItem) -> WorkReport:
         for chunk in item.chunks:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from runner_server.engine.backend import LoadedModel
+from runner_server.engine.embedding.types import Embedded
 from runner_server.engine.logprobs import TokenLogprob
 from runner_server.engine.types import Failure, Prefill, Sampling
 from tools.local_batch import LocalBatch, decode_with_drafts, start_alone
@@ -57,8 +58,8 @@ def _step(batch: LocalBatch, active: dict[int, Row]) -> list[int]:
     ended = []
     for event in batch.step():
         row = active[event.row]
-        if isinstance(event, Failure):
-            raise TypeError("logits are not finite")
+        if isinstance(event, Failure | Embedded):
+            raise TypeError("logits are not finite, or an event is not of a row")
         if isinstance(event, Prefill):
             row.cached = event.cached
             continue

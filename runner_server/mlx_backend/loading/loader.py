@@ -95,7 +95,8 @@ def load(
         plan = _read(directory.path, built, plan, shard, report)
         info = _describe(spec, located, built, plan, eos_token_ids)
         info = replace(info, chat=_read_chat_format(directory, codec))
-        model = MlxModel(built.model, codec, info, plan, shard)
+        info = replace(info, completes=directory.configuration.has_output_layer)
+        model = MlxModel(built.model, codec, info, plan, shard, directory)
         _try(model, plan)
         report(100)
         if prefix_disk:

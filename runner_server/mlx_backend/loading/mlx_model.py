@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from mlx.nn.layers.base import Module
 
 from runner_common.contract import MAX_DRAFT
+from runner_common.model_directory import ModelDirectory
+from runner_server.engine.embedding.types import EmbeddingInfo
 from runner_server.engine.prefill_queue import PrefillLimits
 from runner_server.engine.prefix_cache import CacheUsage, PrefixCache
 from runner_server.engine.prefix_disk import (
@@ -23,13 +25,14 @@ from runner_server.engine.types import ModelInfo
 from runner_server.mlx_backend.cache.blocks import BlockCodec
 from runner_server.mlx_backend.cache.row_caches import CachePieces
 from runner_server.mlx_backend.constraints.grammars import GrammarCache
+from runner_server.mlx_backend.embedding.trial import TextTrial, try_texts
 from runner_server.mlx_backend.executor import (
     BatchBudget,
     MlxDiskTier,
     MlxExecutor,
     MlxPrefixCache,
 )
-from runner_server.mlx_backend.loading.batch_trial import try_together
+from runner_server.mlx_backend.loading.batch_trial import tolerance, try_together
 from runner_server.mlx_backend.loading.draft_trial import try_drafts
 from runner_server.mlx_backend.loading.trial import warm_up
 from runner_server.mlx_backend.planning.measure import PREFILL_CHUNK, ROWS_TOGETHER, device_kind
@@ -58,6 +61,7 @@ class MlxModel:
         info: The model's description, and the limits in force.
         plan: The plan made before reading the weights.
         shard: This rank's part of the model; None for the whole model.
+        directory: The model's files.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class MlxModel:
         info: ModelInfo,
         plan: Plan,
         shard: Shard | None,
+        directory: ModelDirectory,
     ) -> None:
         self._model = model
         self._plan = plan
@@ -79,6 +84,8 @@ class MlxModel:
         self.codec = codec
         self.grammars = GrammarCache(codec, info.vocab_size, info.eos_token_ids)
         self.info = replace(info, takes_constraints=not self.grammars.problem)
+        self._directory = directory
+        self._texts = TextTrial(problem="the model has not been tried yet")
 
     @property
     def kv_bytes(self) -> Callable[[int], int]:
@@ -143,6 +150,7 @@ class MlxModel:
             max_tokens=ROWS_TOGETHER * chunk,
             max_logits=self._plan.max_logits,
             can_pad=self._pieces.can_pad,
+            max_texts=self._budget.max_texts_together if self._texts.can_join else _alone,
             needs_snapshot=self._pieces.needs_snapshot,
             max_prompts=self._budget.max_prompts_together,
         )
@@ -157,7 +165,7 @@ class MlxModel:
         return self._executor(self._prompts, self._disk)
 
     def warm_up(self) -> None:
-        """Generate a token, and try rows together and drafts.
+        """Generate a token, and try rows together, drafts and texts to embed.
 
         If rows cannot be decoded together, ``parallel`` becomes 1. Also compiles the kernels, for
         which the first request would have to wait.
@@ -168,9 +176,11 @@ class MlxModel:
         info = self.info
         executor = self._executor(PrefixCache(self._pieces, 0))
         warm_up(self._model, executor, info.vocab_size, info.dtype)
+        self._try_texts()
         if self._shard:
             return
         self._try_drafts()
+        info = self.info
         if info.parallel == 1:
             return
         if why := try_together(self._model, self._pieces, info.vocab_size, info.parallel):
@@ -187,6 +197,25 @@ class MlxModel:
             logger.warning("%s: tokens are not drafted: %s", self.info.path, why)
         self._takes_drafts = not why
 
+    def _try_texts(self) -> None:
+        """Find out whether the model embeds texts, by its files and a trial."""
+        files, info = self._directory.embedding, self.info
+        self._texts = try_texts(
+            self._model,
+            self._pieces.new,
+            files,
+            vocab_size=info.vocab_size,
+            tolerance=tolerance(self._model),
+        )
+        limit = files.max_tokens or info.context_length
+        embedding = EmbeddingInfo(
+            dimension=self._texts.dimension,
+            max_tokens=min(limit, info.context_length) if self._texts.model else 0,
+            is_file_limit=limit < info.context_length,
+            problem=self._texts.problem,
+        )
+        self.info = replace(info, embedding=embedding)
+
     def _executor(self, prompts: MlxPrefixCache, disk: MlxDiskTier | None = None) -> MlxExecutor:
         agree = self._shard.agree if self._shard else None
         return MlxExecutor(
@@ -197,6 +226,7 @@ class MlxModel:
             agree=agree,
             budget=self._budget,
             disk=disk,
+            texts=self._texts.model,
         )
 
     @property
@@ -209,3 +239,7 @@ class MlxModel:
             plan.chunk_bytes,
             plan.buffer_cache_bytes,
         )
+
+
+def _alone(_length: int) -> int:
+    return 1

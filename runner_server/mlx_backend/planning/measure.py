@@ -24,6 +24,7 @@ from runner_server.mlx_backend.planning.working_memory import (
     logits_bytes,
     prefill_bytes,
     require_batches,
+    text_bytes,
 )
 from runner_server.mlx_backend.sampling.mask_rows import kept_bytes
 from runner_server.mlx_backend.tokenizer.chat_templates import read_chat_format
@@ -92,6 +93,12 @@ def measure(
         require_batches(model)
     chunk = min(PREFILL_CHUNK[device], context_length)
     together = min(ROWS_TOGETHER, parallel)
+    alone_bytes = prefill_bytes(model, chunk, context_length)
+    rows_bytes = batch_prefill_bytes(model, together, chunk)
+    if not directory.embedding.problem:
+        # The last layer's states are computed too, which no prompt needs.
+        alone_bytes = max(alone_bytes, text_bytes(model, 1, chunk, context_length))
+        rows_bytes = max(rows_bytes, text_bytes(model, together, chunk, chunk))
     return ModelSizes(
         device=device,
         context_length=context_length,
@@ -99,8 +106,8 @@ def measure(
         weight_bytes=weight_bytes(model),
         chunk=chunk,
         chunks_together=together,
-        prefill_bytes=prefill_bytes(model, chunk, context_length),
-        together_bytes=batch_prefill_bytes(model, together, chunk),
+        prefill_bytes=alone_bytes,
+        together_bytes=rows_bytes,
         logits_bytes=logits_bytes(seen.vocab_size),
         decode_bytes=partial(decode_bytes, model, tokens=context_length),
         mask_bytes=kept_bytes(seen.vocab_size) if _takes_constraints() else 0,

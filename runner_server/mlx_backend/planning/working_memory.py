@@ -20,6 +20,7 @@ from runner_common.contract import MAX_LOGPROBS
 from runner_server.engine.types import Sampling
 from runner_server.errors import ModelUnsupported
 from runner_server.mlx_backend.cache.row_caches import Caches, merge, side_by_side
+from runner_server.mlx_backend.embedding.hidden import Body, find_body
 from runner_server.mlx_backend.planning.graph_memory import transient_bytes
 from runner_server.mlx_backend.sampling.end_mask import EndMask
 from runner_server.mlx_backend.sampling.logprobs import token_logprobs
@@ -83,6 +84,29 @@ def batch_prefill_bytes(model: Module, rows: int, chunk: int) -> int:
     if rows > 1:
         caches = [side_by_side(layers) for layers in zip(*one_by_one, strict=True)]
     return _traced(model, caches, rows, chunk, _evaluate_nothing)
+
+
+def text_bytes(model: Module, rows: int, chunk: int, tokens: int) -> int:
+    """Return the bytes of working memory to embed the last chunks of texts, without the caches.
+
+    Args:
+        model: A model with lazy weights.
+        rows: Number of texts.
+        chunk: Number of tokens in each chunk.
+        tokens: Number of tokens in each text, including the chunk.
+    """
+    body = find_body(model)
+    if body is None:
+        return 0
+    chunk = min(chunk, tokens)
+
+    def pool(states: mx.array, _inputs: mx.array) -> list[mx.array]:
+        weights = mx.zeros(states.shape[:2])
+        return [mx.sum(states.astype(mx.float32) * weights[..., None], axis=1)]
+
+    # Texts that share a call have no caches.
+    caches = _filled(model, 1, tokens - chunk) if rows == 1 else cast("Caches", None)
+    return _traced(model, caches, rows, chunk, pool, body)
 
 
 def decode_bytes(model: Module, rows: int, tokens: int) -> int:
@@ -216,6 +240,7 @@ def _traced(
     rows: int,
     chunk: int,
     evaluated: Callable[[mx.array, mx.array], list[mx.array]],
+    body: Body | None = None,
 ) -> int:
     """Return the transient bytes of a forward pass, or a guess if it cannot be traced.
 
@@ -224,7 +249,8 @@ def _traced(
         caches: The caches of all rows.
         rows: Number of rows.
         chunk: Number of tokens in each row.
-        evaluated: Returns the arrays to evaluate beside the caches, given logits and tokens.
+        evaluated: Returns the arrays to evaluate beside the caches, given the result and tokens.
+        body: The part of the model to run; None for the whole model, whose result are logits.
     """
     weights = _named(model)
     held = list(_arrays(caches))
@@ -233,8 +259,8 @@ def _traced(
         _put(model, weights, inputs[: len(weights)])
         given = iter(inputs[len(weights) :])
         own = _rebuilt(caches, lambda _: next(given))
-        logits = model(tokens, cache=own)
-        return [*evaluated(logits, tokens), *_arrays(own)]
+        result = (body or model)(tokens, cache=own)
+        return [*evaluated(result, tokens), *_arrays(own)]
 
     tokens = mx.zeros((rows, chunk), dtype=mx.int32)
     try:

@@ -1,0 +1,1 @@
+"""Embedding of texts in the engine: requests, their order, and the data passed on."""
