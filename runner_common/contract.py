@@ -74,6 +74,9 @@ MAX_CACHE_SALT_CHARS = 128
 MAX_ABORTED_IDS = 1024
 """Most ids of an ``Abort``."""
 
+MAX_EMBED_INPUTS = 256
+"""Most texts of an ``Embed``, if their vectors fit one message."""
+
 MAX_LOGIT_BIASES = 1024
 """Most token ids with a logit bias of a request."""
 

@@ -88,6 +88,33 @@ class PromptTooLong(RunnerFault, reason="PROMPT_TOO_LONG"):
         )
 
 
+class TextTooLong(RunnerFault, reason="PROMPT_TOO_LONG"):
+    """A text is longer than the model embeds.
+
+    Args:
+        index: Index of the text in the request.
+        tokens: Number of tokens of the text, with the special ones around it.
+        limit: Most tokens of a text.
+        is_file_limit: Whether the model's files set the limit, rather than the context.
+        is_least: Whether ``tokens`` is a lower bound because tokenizing stopped early.
+    """
+
+    def __init__(
+        self, index: int, tokens: int, limit: int, *, is_file_limit: bool, is_least: bool = False
+    ) -> None:
+        advice = (
+            "by max_seq_length in sentence_bert_config.json; split it"
+            if is_file_limit
+            else "in its context; split it, or load with a larger context_length"
+        )
+        super().__init__(
+            f"inputs[{index}] has {'at least ' * is_least}{tokens} tokens and the model embeds at "
+            f"most {limit} {advice}",
+            promptTokens=tokens,
+            contextLength=limit,
+        )
+
+
 class ModelNotFound(RunnerFault, reason="MODEL_NOT_FOUND"):
     """No model exists at the requested path or hub id."""
 

@@ -46,6 +46,27 @@ def prompt_message(request: pb.CompletionRequest) -> pb.CompletionResponse | Non
     return pb.CompletionResponse(prompt_logprobs=entries)
 
 
+def embed_message(request: pb.EmbedRequest, dimension: int) -> pb.EmbedResponse:
+    """Return vectors of length 1 that depend on the code points of the texts only."""
+    tokens = [
+        [*map(ord, given.text)] if given.WhichOneof("input") == "text" else [*given.token_ids.ids]
+        for given in request.inputs
+    ]
+    return pb.EmbedResponse(
+        embeddings=[
+            pb.Embedding(values=_vector(ids, dimension), token_count=len(ids)) for ids in tokens
+        ],
+        prompt_eval_count=sum(map(len, tokens)),
+    )
+
+
+def _vector(ids: Sequence[int], dimension: int) -> list[float]:
+    """Return how often each remainder of the ids occurs, divided by the length of that vector."""
+    counts = [sum(id_ % dimension == index for id_ in ids) for index in range(dimension)]
+    length = math.hypot(*counts) or 1.0
+    return [count / length for count in counts]
+
+
 def _logprobs(request: pb.CompletionRequest, number: int, text: str) -> list[pb.TokenLogprob]:
     """Return the log probability of a token if requested: 0, without alternatives."""
     wanted = request.logprob_token_ids

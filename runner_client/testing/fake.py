@@ -17,32 +17,22 @@ import grpc
 
 from mlxrunner.v1 import runner_pb2 as pb
 from mlxrunner.v1 import runner_pb2_grpc
-from runner_client.testing.answers import prompt_message, token_messages
+from runner_client.testing.answers import embed_message, prompt_message, token_messages
 from runner_client.testing.call import FakeCall
 from runner_client.testing.failure import Failure
 from runner_client.testing.health import health_handler
-from runner_client.testing.messages import as_chat, as_completion, capabilities, text_of
-from runner_common.contract import (
-    DEFAULT_CONTEXT_LENGTH,
-    DEFAULT_PARALLEL,
+from runner_client.testing.messages import (
+    as_chat,
+    as_completion,
+    capabilities,
+    need_message,
+    text_of,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from google.protobuf.message import Message
-
-_USUAL_DTYPES = (
-    pb.DTYPE_UNSPECIFIED,
-    pb.DTYPE_AUTO,
-    pb.DTYPE_AUTO_OR_STORED,
-    pb.DTYPE_FLOAT32,
-)
-_DTYPE_NAMES = {
-    pb.DTYPE_AS_STORED: "as_stored",
-    pb.DTYPE_BFLOAT16: "bfloat16",
-    pb.DTYPE_FLOAT16: "float16",
-}
 
 _MAX_CALLS = 32
 _POLL_SECONDS = 0.005
@@ -89,6 +79,10 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     """The reported available memory; a load that needs more is refused."""
     has_chat_template: bool = True
     """Whether the model is reported to have a chat template."""
+    embedding_dimension: int = 0
+    """The number of values in a vector; 0 for a model that does not embed texts."""
+    embed_seconds: float = 0.0
+    """Duration of every embedding."""
     dtype_fallback: bool = False
     """Whether the model is reported as held as stored for lack of memory."""
     blas: str = ""
@@ -284,6 +278,19 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         self._need_model(request.model, context)
         return pb.TokenizeResponse(token_ids=map(ord, request.content))
 
+    def Embed(self, request: pb.EmbedRequest, context: grpc.ServicerContext) -> pb.EmbedResponse:
+        """Return vectors that depend on the texts only."""
+        self._receive(request, context)
+        self._need_model(request.model, context)
+        if self.is_draining:
+            Failure("SHUTTING_DOWN", "the runner is draining").abort(context)
+        if not self.embedding_dimension:
+            Failure("MODEL_UNSUPPORTED", "this model does not embed texts").abort(context)
+        call = FakeCall(context, self.cancelled)
+        call.wait(self.embed_seconds)
+        call.is_over = True
+        return embed_message(request, self.embedding_dimension)
+
     def RenderChat(
         self, request: pb.RenderChatRequest, context: grpc.ServicerContext
     ) -> pb.RenderChatResponse:
@@ -302,23 +309,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         return pb.DetokenizeResponse(content="".join(map(chr, request.token_ids)))
 
     def _need(self, request: pb.LoadRequest | pb.EstimateRequest) -> pb.EstimateResponse:
-        """Return the need of a load: the weights alone."""
-        is_usual = request.dtype in _USUAL_DTYPES
-        is_short = self.model_bytes > self.available_bytes
-        is_fallback = request.dtype == pb.DTYPE_AUTO_OR_STORED and is_short
-        size = self.model_bytes if is_usual and not is_fallback else self.model_bytes // 2
-        dtype = "as_stored" if is_fallback else _DTYPE_NAMES.get(request.dtype, "float32")
-        return pb.EstimateResponse(
-            weight_bytes=size,
-            total_bytes=size,
-            required_bytes=size,
-            available_bytes=self.available_bytes,
-            fits=size <= self.available_bytes,
-            dtype=dtype,
-            context_length=request.context_length or DEFAULT_CONTEXT_LENGTH,
-            parallel=request.parallel or DEFAULT_PARALLEL,
-            notes=["it would be held as stored"] if is_fallback else [],
-        )
+        return need_message(request, self.model_bytes, self.available_bytes)
 
     def _refuse(self, need: pb.EstimateResponse, context: grpc.ServicerContext) -> NoReturn:
         numbers = {
@@ -330,7 +321,9 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     def _model(self, name: str) -> pb.Model:
         is_fallback = self.dtype_fallback or self._is_stored
         accepted = capabilities(
-            has_cache=self.prefix_cache_bytes > 0, has_template=self.has_chat_template
+            has_cache=self.prefix_cache_bytes > 0,
+            has_template=self.has_chat_template,
+            dimension=self.embedding_dimension,
         )
         return pb.Model(name=name, path=name, dtype_fallback=is_fallback, capabilities=accepted)
 

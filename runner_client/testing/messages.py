@@ -8,6 +8,8 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.contract import (
     CONSTRAINT_KINDS,
     DEFAULT_CONTEXT_LENGTH,
+    DEFAULT_PARALLEL,
+    MAX_EMBED_INPUTS,
     MAX_LOGIT_BIASES,
     MAX_LOGPROB_TOKEN_IDS,
     MAX_LOGPROBS,
@@ -15,6 +17,18 @@ from runner_common.contract import (
     MAX_STOPS,
 )
 from runner_common.generation_fields import shared_fields
+
+_USUAL_DTYPES = (
+    pb.DTYPE_UNSPECIFIED,
+    pb.DTYPE_AUTO,
+    pb.DTYPE_AUTO_OR_STORED,
+    pb.DTYPE_FLOAT32,
+)
+_DTYPE_NAMES = {
+    pb.DTYPE_AS_STORED: "as_stored",
+    pb.DTYPE_BFLOAT16: "bfloat16",
+    pb.DTYPE_FLOAT16: "float16",
+}
 
 
 def text_of(message: pb.ChatMessage) -> str:
@@ -48,7 +62,7 @@ def as_completion(request: pb.CompletionRequest | pb.ChatRequest) -> pb.Completi
     return pb.CompletionRequest(**shared_fields(request))
 
 
-def capabilities(*, has_cache: bool, has_template: bool) -> pb.Capabilities:
+def capabilities(*, has_cache: bool, has_template: bool, dimension: int) -> pb.Capabilities:
     """Return the capabilities of a model, with the limits of the protocol."""
     return pb.Capabilities(
         batched=True,
@@ -64,7 +78,39 @@ def capabilities(*, has_cache: bool, has_template: bool) -> pb.Capabilities:
         reasoning=True,
         tools=True,
         required_tools=True,
+        completion=True,
+        embedding_dimension=dimension,
+        max_embed_count=MAX_EMBED_INPUTS if dimension else 0,
+        max_embed_tokens=DEFAULT_CONTEXT_LENGTH if dimension else 0,
         constraint_kinds=[
             pb.ConstraintKind.Value(f"CONSTRAINT_KIND_{kind.upper()}") for kind in CONSTRAINT_KINDS
         ],
+    )
+
+
+def need_message(
+    request: pb.LoadRequest | pb.EstimateRequest, model_bytes: int, available_bytes: int
+) -> pb.EstimateResponse:
+    """Return the need of a load: the weights alone.
+
+    Args:
+        request: The load.
+        model_bytes: The weights as float32.
+        available_bytes: The available memory.
+    """
+    is_usual = request.dtype in _USUAL_DTYPES
+    is_short = model_bytes > available_bytes
+    is_fallback = request.dtype == pb.DTYPE_AUTO_OR_STORED and is_short
+    size = model_bytes if is_usual and not is_fallback else model_bytes // 2
+    dtype = "as_stored" if is_fallback else _DTYPE_NAMES.get(request.dtype, "float32")
+    return pb.EstimateResponse(
+        weight_bytes=size,
+        total_bytes=size,
+        required_bytes=size,
+        available_bytes=available_bytes,
+        fits=size <= available_bytes,
+        dtype=dtype,
+        context_length=request.context_length or DEFAULT_CONTEXT_LENGTH,
+        parallel=request.parallel or DEFAULT_PARALLEL,
+        notes=["it would be held as stored"] if is_fallback else [],
     )

@@ -39,6 +39,14 @@ class Capabilities:
     none, or if an older server does not tell."""
     required_tools: bool | None = None
     """Whether answers can be required to call tools."""
+    completion: bool | None = None
+    """Whether completions are accepted; False for a model that only embeds texts."""
+    embedding_dimension: int | None = None
+    """The number of values in a vector; 0 if the model does not embed texts."""
+    max_embed_count: int | None = None
+    """The most texts of a call of ``embed``; 0 if the model does not embed texts."""
+    max_embed_tokens: int | None = None
+    """The longest text of ``embed``, in tokens; 0 if the model does not embed texts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ _MIN_TOKEN_CHARS = 16
 """Shortest token that cannot be guessed."""
 
 USE_METHODS = frozenset(
-    {"Chat", "Completion", "Detokenize", "RenderChat", "Status", "Tokenize", "WatchStatus"}
+    {"Chat", "Completion", "Detokenize", "Embed", "RenderChat", "Status", "Tokenize", "WatchStatus"}
 )
 """Methods of a runner open to the token for use."""
 

@@ -8,6 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.contract import (
+    MAX_EMBED_INPUTS,
     MAX_LOGIT_BIASES,
     MAX_LOGPROB_TOKEN_IDS,
     MAX_LOGPROBS,
@@ -44,11 +45,26 @@ _DONE_REASONS = {
 }
 
 
+_MAX_VECTORS_BYTES = 4 * 2**20 - 65_536
+"""Most bytes of vectors in an answer, which stays below gRPC's default limit of 4 MiB."""
+
+_VECTOR_BYTES = 24
+"""Bytes of a vector's message without its values, at most."""
+
+
 def duration(seconds: float) -> Duration:
     """Convert seconds to a ``Duration``, clamped at 0."""
     value = Duration()
     value.FromNanoseconds(max(0, round(seconds * 1e9)))
     return value
+
+
+def max_embed_count(info: ModelInfo) -> int:
+    """Return the most texts of a request; 0 if the model does not embed."""
+    if info.embedding.problem:
+        return 0
+    most = _MAX_VECTORS_BYTES // (4 * info.embedding.dimension + _VECTOR_BYTES)
+    return min(MAX_EMBED_INPUTS, most)
 
 
 def model_message(info: ModelInfo, rank_count: int = 1) -> pb.Model:
@@ -84,6 +100,10 @@ def model_message(info: ModelInfo, rank_count: int = 1) -> pb.Model:
                 and info.chat.answer.can_require_calls
             ),
             constraint_kinds=CONSTRAINT_KIND_VALUES if info.takes_constraints else [],
+            completion=info.completes,
+            embedding_dimension=info.embedding.dimension,
+            max_embed_count=max_embed_count(info),
+            max_embed_tokens=info.embedding.max_tokens,
         ),
     )
 

@@ -19,7 +19,7 @@ from runner_server.engine.backend import ModelHandle
 from runner_server.engine.engine import Engine
 from runner_server.engine.generation_request import GenerationRequest
 from runner_server.engine.types import CachePolicy, CompletionSpec, Constraint, ModelInfo, Sampling
-from runner_server.errors import InvalidField, PromptTooLong
+from runner_server.errors import InvalidField, ModelUnsupported, PromptTooLong
 from runner_server.telemetry.call_record import current_call
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class GenerationDraft:
         room = model.context_length - len(prompt_ids)
         if room < 1:
             raise PromptTooLong(len(prompt_ids), model.context_length)
-        _check_vocabulary(self.prompt, prompt_ids, model.vocab_size)
+        check_vocabulary(self.prompt, prompt_ids, model.vocab_size)
         return CompletionSpec(
             prompt_ids=tuple(prompt_ids),
             max_tokens=min(self.max_tokens, room),
@@ -84,6 +84,16 @@ class GenerationDraft:
             request_id=self.request_id,
             priority=self.priority,
             cache_policy=self.cache_policy,
+        )
+
+
+def require_completes(model: ModelHandle) -> None:
+    """Raise :class:`ModelUnsupported` for a model that only embeds texts."""
+    if not model.info.completes:
+        raise ModelUnsupported(
+            f"the weight files in {model.info.path} have no output layer (lm_head), so the model "
+            "completes no texts: it embeds them; use another model",
+            model=model.info.path,
         )
 
 
@@ -126,10 +136,12 @@ async def generate(
         context: The call; its initial metadata is sent as soon as the request is queued.
 
     Raises:
+        ModelUnsupported: The model only embeds texts.
         InvalidField: See :meth:`GenerationDraft.fit`; or the constraint cannot be used.
         PromptTooLong: The prompt does not fit into the model's context.
         RunnerFault: See :meth:`Engine.submit`.
     """
+    require_completes(model)
     prompt_ids = await encode_prompt(draft.prompt, model)
     spec = draft.fit(prompt_ids, model.info)
     matcher = await start_matcher(draft.constraint, draft.reasoning, model)
@@ -144,7 +156,12 @@ async def generate(
         engine.cancel(request)
 
 
-def _check_vocabulary(prompt: Prompt, ids: Sequence[int], vocab_size: int) -> None:
+def check_vocabulary(prompt: Prompt, ids: Sequence[int], vocab_size: int) -> None:
+    """Check tokens, of which there is at least one, against the model's vocabulary.
+
+    Raises:
+        InvalidField: A token is not in the vocabulary, which may be smaller than the tokenizer's.
+    """
     if not isinstance(prompt.content, str):
         check_token_ids(prompt.field, ids, vocab_size)
     elif max(ids) >= vocab_size:

@@ -29,6 +29,7 @@ from runner_server.api.convert import (
     rank_message,
 )
 from runner_server.api.draining import drain
+from runner_server.api.embedding import embed_message, embed_spec, embedding
 from runner_server.api.estimator import Estimator
 from runner_server.api.generation import generate, model_for_call
 from runner_server.api.prompts import too_many
@@ -219,6 +220,13 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
             prompt_texts = _prompt_texts(model, generation)
             async for delta in generation.stream.deltas():
                 yield delta_message(delta, texts, prompt_texts)
+
+    async def Embed(self, request: pb.EmbedRequest, context: _Context) -> pb.EmbedResponse:
+        """Return the vectors of texts."""
+        model = model_for_call(self._engine, request.request_id, request.model)
+        spec = await embed_spec(request, model)
+        async with embedding(self._engine, model, spec, context) as running:
+            return embed_message(spec, await running.stream.result())
 
     async def Abort(self, request: pb.AbortRequest, context: _Context) -> pb.AbortResponse:
         """End completions by their ``request_id``."""

@@ -53,7 +53,8 @@ def call_raw(server: Server, name: str, metadata: Any) -> grpc.aio.Call:
 def test_the_methods_for_use_are_named() -> None:
     """Fail if a later rpc is opened without a decision."""
     assert sorted(USE_METHODS) == [
-        *("Chat", "Completion", "Detokenize", "RenderChat", "Status", "Tokenize", "WatchStatus")
+        *("Chat", "Completion", "Detokenize", "Embed"),
+        *("RenderChat", "Status", "Tokenize", "WatchStatus"),
     ]
     assert {method.name for method in METHODS} >= USE_METHODS
     assert {"Load", "Unload", "Trim", "Estimate"} <= set(CONTROL)

@@ -14,6 +14,7 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.engine import faults
 from runner_server.engine.work import WorkItem
 from runner_server.mlx_backend import MlxBackend
+from support.embedding_models import say_that_it_embeds
 from support.harness import Server, eventually, failure, joined, running, tokens
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
@@ -288,3 +289,24 @@ async def test_unload_ends_running_requests_and_frees_their_memory(
     for call in calls[1:]:
         assert (await failure(call)).reason == "SHUTTING_DOWN"
     assert _held() <= before + TOLERANCE_BYTES
+
+
+async def test_texts_are_embedded_beside_streams_and_freed(real: Server, model_dir: Build) -> None:
+    path = say_that_it_embeds(model_dir(), {"pooling_mode": "mean"})
+    try:
+        await real.load(str(path), context_length=512)
+    finally:
+        (path / "modules.json").unlink()
+    texts = [f"{word} " * 40 for word in ("fox", "dog", "naïve", "日本語")]
+    request = pb.EmbedRequest(inputs=[pb.EmbedInput(text=text) for text in texts])
+    alone = await real.stub.Embed(request)
+    assert [len(each.values) for each in alone.embeddings] == [64] * 4
+    lengths = [sum(value * value for value in each.values) for each in alone.embeddings]
+    assert lengths == pytest.approx([1] * 4, abs=1e-5)
+    expected = [tokens(m) for m in (await real.complete("fox", num_predict=30, seed=1),)]
+    stream = real.start("fox", num_predict=30, seed=1)
+    answers = await asyncio.gather(*(real.stub.Embed(request) for _ in range(6)))
+    assert [tokens([message async for message in stream])] == expected
+    for answer in answers:
+        for one, other in zip(answer.embeddings, alone.embeddings, strict=True):
+            assert list(one.values) == pytest.approx(list(other.values), abs=2e-5)

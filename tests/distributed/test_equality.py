@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import grpc
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
+from support.embedding_models import say_that_it_embeds
 from support.rank_processes import DEMO, THREE_HEADS, Ranks, completion, ranks
 from support.server_child import DEADLINE_SECONDS, Child
 
@@ -177,6 +179,23 @@ def test_each_rank_holds_a_part_of_the_weights(
     held = pair.status().ranks[1].memory_usage
     assert status.model.weight_bytes <= held.active_bytes < whole.model.weight_bytes
     assert not whole.ranks
+
+
+def test_ranks_give_the_vectors_of_one_process(
+    alone: Child, pair: Child, tmp_path: Path, expected: dict[str, list[int]]
+) -> None:
+    path = say_that_it_embeds(Path(shutil.copytree(DEMO, tmp_path / "demo")))
+    texts = [LONG, LONG[:20], LONG[5:24], LONG[:1]]
+    inputs = [pb.EmbedInput(token_ids=pb.TokenIds(ids=text)) for text in texts]
+    found = []
+    for server in (alone, pair):
+        server.load(path)
+        answer = server.stub.Embed(pb.EmbedRequest(inputs=inputs), timeout=DEADLINE_SECONDS)
+        found.append([list(each.values) for each in answer.embeddings])
+        assert generated(server, [REQUESTS["greedy"]]) == [expected["greedy"]]
+        server.load(DEMO)
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, abs=2e-5)
 
 
 QUANTIZABLE = {**THREE_HEADS, "hidden_size": 192, "intermediate_size": 384, "head_dim": 32}

@@ -24,8 +24,8 @@
 // UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
 // `authorization: Bearer TOKEN` with that token. Health checks need no token. A
 // server may have a second token, for use: its holders may call `Chat`,
-// `Completion`, `Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and everything
-// else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
+// `Completion`, `Embed`, `Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and
+// everything else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
 //
 // Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
 // itself; the log of the process has the details.
@@ -73,9 +73,9 @@ const (
 	// with the field's number in the description: upgrade the server, or do not set
 	// the field.
 	ErrorReason_ERROR_REASON_INVALID_FIELD ErrorReason = 1
-	// The prompt does not fit the context. Code INVALID_ARGUMENT. Metadata:
-	// `promptTokens` (for a text of more than 524,288 characters it may be a lower
-	// bound), `contextLength`.
+	// The prompt does not fit the context, or a text is longer than the model embeds.
+	// Code INVALID_ARGUMENT. Metadata: `promptTokens` (for a text of more than 524,288
+	// characters it may be a lower bound), `contextLength`.
 	ErrorReason_ERROR_REASON_PROMPT_TOO_LONG ErrorReason = 2
 	// No model has that name. Code NOT_FOUND. Metadata: `model`.
 	ErrorReason_ERROR_REASON_MODEL_NOT_FOUND ErrorReason = 3
@@ -945,8 +945,20 @@ type Capabilities struct {
 	// grammar can write its calls. In the forms without JSON, only texts, numbers and
 	// booleans are arguments; a schema with others is refused with its place.
 	RequiredTools *bool `protobuf:"varint,14,opt,name=required_tools,json=requiredTools,proto3,oneof" json:"required_tools,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// Whether `Completion` and `Chat` are accepted; false if the files have no output
+	// layer, as those of some models that only embed.
+	Completion *bool `protobuf:"varint,15,opt,name=completion,proto3,oneof" json:"completion,omitempty"`
+	// The number of values in a vector of `Embed`; 0 if the model does not embed.
+	EmbeddingDimension *int32 `protobuf:"varint,16,opt,name=embedding_dimension,json=embeddingDimension,proto3,oneof" json:"embedding_dimension,omitempty"`
+	// The most entries of `EmbedRequest.inputs`: at most 256, and fewer if the vectors
+	// would exceed gRPC's default limit of 4 MiB. 0 if the model does not embed.
+	MaxEmbedCount *int32 `protobuf:"varint,17,opt,name=max_embed_count,json=maxEmbedCount,proto3,oneof" json:"max_embed_count,omitempty"`
+	// The longest text of `Embed`, in tokens with the special ones around it: the context
+	// in force, or the `max_seq_length` of the model's files if that is less. 0 if the
+	// model does not embed.
+	MaxEmbedTokens *int32 `protobuf:"varint,18,opt,name=max_embed_tokens,json=maxEmbedTokens,proto3,oneof" json:"max_embed_tokens,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Capabilities) Reset() {
@@ -1075,6 +1087,34 @@ func (x *Capabilities) GetRequiredTools() bool {
 		return *x.RequiredTools
 	}
 	return false
+}
+
+func (x *Capabilities) GetCompletion() bool {
+	if x != nil && x.Completion != nil {
+		return *x.Completion
+	}
+	return false
+}
+
+func (x *Capabilities) GetEmbeddingDimension() int32 {
+	if x != nil && x.EmbeddingDimension != nil {
+		return *x.EmbeddingDimension
+	}
+	return 0
+}
+
+func (x *Capabilities) GetMaxEmbedCount() int32 {
+	if x != nil && x.MaxEmbedCount != nil {
+		return *x.MaxEmbedCount
+	}
+	return 0
+}
+
+func (x *Capabilities) GetMaxEmbedTokens() int32 {
+	if x != nil && x.MaxEmbedTokens != nil {
+		return *x.MaxEmbedTokens
+	}
+	return 0
 }
 
 // Requests an estimate of a load. All fields are those of `LoadRequest`.
@@ -1636,9 +1676,9 @@ type StatusResponse struct {
 	// The most completions decoded together; 0 when no model is loaded.
 	Parallel int32 `protobuf:"varint,7,opt,name=parallel,proto3" json:"parallel,omitempty"`
 	// Completions that have started: in prefill, in decode, or preempted because of
-	// a slow reader.
+	// a slow reader; and calls of `Embed` that have.
 	RunningCount int32 `protobuf:"varint,8,opt,name=running_count,json=runningCount,proto3" json:"running_count,omitempty"`
-	// Completions waiting for a slot.
+	// Completions waiting for a slot, and calls of `Embed` waiting for memory.
 	QueuedCount int32 `protobuf:"varint,9,opt,name=queued_count,json=queuedCount,proto3" json:"queued_count,omitempty"`
 	// Steps of the engine since the process started: a call that prefills some
 	// prompts' next tokens, or a decode step.
@@ -4616,6 +4656,312 @@ func (x *ChatResponse) GetDraftAcceptedCount() int32 {
 	return 0
 }
 
+// Requests vectors of texts.
+type EmbedRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The texts. Required; at most `Capabilities.max_embed_count`.
+	Inputs []*EmbedInput `protobuf:"bytes,1,rep,name=inputs,proto3" json:"inputs,omitempty"`
+	// Treats the special tokens written in the texts as text, as
+	// `CompletionRequest.literal`. Refused with token ids. Default: false.
+	Literal bool `protobuf:"varint,2,opt,name=literal,proto3" json:"literal,omitempty"`
+	// A name for the log lines of this request and for `Abort`, as
+	// `CompletionRequest.request_id`. Default: empty.
+	RequestId string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Higher first among waiting requests, as `CompletionRequest.priority`. Range:
+	// -100 to 100. Default: 0.
+	Priority int32 `protobuf:"varint,4,opt,name=priority,proto3" json:"priority,omitempty"`
+	// The model that is meant: the `LoadRequest.model` that it was loaded with, or
+	// `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+	// the loaded model.
+	Model         string `protobuf:"bytes,5,opt,name=model,proto3" json:"model,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EmbedRequest) Reset() {
+	*x = EmbedRequest{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EmbedRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EmbedRequest) ProtoMessage() {}
+
+func (x *EmbedRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EmbedRequest.ProtoReflect.Descriptor instead.
+func (*EmbedRequest) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *EmbedRequest) GetInputs() []*EmbedInput {
+	if x != nil {
+		return x.Inputs
+	}
+	return nil
+}
+
+func (x *EmbedRequest) GetLiteral() bool {
+	if x != nil {
+		return x.Literal
+	}
+	return false
+}
+
+func (x *EmbedRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *EmbedRequest) GetPriority() int32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+func (x *EmbedRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+// A text to embed.
+type EmbedInput struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The text. Required, not empty.
+	//
+	// Types that are valid to be assigned to Input:
+	//
+	//	*EmbedInput_Text
+	//	*EmbedInput_TokenIds
+	Input         isEmbedInput_Input `protobuf_oneof:"input"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EmbedInput) Reset() {
+	*x = EmbedInput{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EmbedInput) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EmbedInput) ProtoMessage() {}
+
+func (x *EmbedInput) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EmbedInput.ProtoReflect.Descriptor instead.
+func (*EmbedInput) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *EmbedInput) GetInput() isEmbedInput_Input {
+	if x != nil {
+		return x.Input
+	}
+	return nil
+}
+
+func (x *EmbedInput) GetText() string {
+	if x != nil {
+		if x, ok := x.Input.(*EmbedInput_Text); ok {
+			return x.Text
+		}
+	}
+	return ""
+}
+
+func (x *EmbedInput) GetTokenIds() *TokenIds {
+	if x != nil {
+		if x, ok := x.Input.(*EmbedInput_TokenIds); ok {
+			return x.TokenIds
+		}
+	}
+	return nil
+}
+
+type isEmbedInput_Input interface {
+	isEmbedInput_Input()
+}
+
+type EmbedInput_Text struct {
+	// Text, which gets the special tokens that the tokenizer puts before and after a
+	// text, as in sentence-transformers, and those of `add_bos_token` and
+	// `add_eos_token` in tokenizer_config.json. Special tokens written in it count as
+	// such (see `EmbedRequest.literal`).
+	Text string `protobuf:"bytes,1,opt,name=text,proto3,oneof"`
+}
+
+type EmbedInput_TokenIds struct {
+	// Token ids, used as they are.
+	TokenIds *TokenIds `protobuf:"bytes,2,opt,name=token_ids,json=tokenIds,proto3,oneof"`
+}
+
+func (*EmbedInput_Text) isEmbedInput_Input() {}
+
+func (*EmbedInput_TokenIds) isEmbedInput_Input() {}
+
+// The vectors of texts.
+type EmbedResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One for each of `EmbedRequest.inputs`, in that order.
+	Embeddings []*Embedding `protobuf:"bytes,1,rep,name=embeddings,proto3" json:"embeddings,omitempty"`
+	// Number of tokens in all texts together.
+	PromptEvalCount int32 `protobuf:"varint,2,opt,name=prompt_eval_count,json=promptEvalCount,proto3" json:"prompt_eval_count,omitempty"`
+	// Time from the beginning of the evaluation to its end.
+	PromptEvalDuration *durationpb.Duration `protobuf:"bytes,3,opt,name=prompt_eval_duration,json=promptEvalDuration,proto3" json:"prompt_eval_duration,omitempty"`
+	// Time the request waited for memory.
+	QueueDuration *durationpb.Duration `protobuf:"bytes,4,opt,name=queue_duration,json=queueDuration,proto3" json:"queue_duration,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EmbedResponse) Reset() {
+	*x = EmbedResponse{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EmbedResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EmbedResponse) ProtoMessage() {}
+
+func (x *EmbedResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EmbedResponse.ProtoReflect.Descriptor instead.
+func (*EmbedResponse) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *EmbedResponse) GetEmbeddings() []*Embedding {
+	if x != nil {
+		return x.Embeddings
+	}
+	return nil
+}
+
+func (x *EmbedResponse) GetPromptEvalCount() int32 {
+	if x != nil {
+		return x.PromptEvalCount
+	}
+	return 0
+}
+
+func (x *EmbedResponse) GetPromptEvalDuration() *durationpb.Duration {
+	if x != nil {
+		return x.PromptEvalDuration
+	}
+	return nil
+}
+
+func (x *EmbedResponse) GetQueueDuration() *durationpb.Duration {
+	if x != nil {
+		return x.QueueDuration
+	}
+	return nil
+}
+
+// The vector of a text.
+type Embedding struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `Capabilities.embedding_dimension` numbers; of length 1 if the model's files
+	// normalize.
+	Values []float32 `protobuf:"fixed32,1,rep,packed,name=values,proto3" json:"values,omitempty"`
+	// Number of tokens in the text, with the special ones around it.
+	TokenCount    int32 `protobuf:"varint,2,opt,name=token_count,json=tokenCount,proto3" json:"token_count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Embedding) Reset() {
+	*x = Embedding{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Embedding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Embedding) ProtoMessage() {}
+
+func (x *Embedding) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Embedding.ProtoReflect.Descriptor instead.
+func (*Embedding) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *Embedding) GetValues() []float32 {
+	if x != nil {
+		return x.Values
+	}
+	return nil
+}
+
+func (x *Embedding) GetTokenCount() int32 {
+	if x != nil {
+		return x.TokenCount
+	}
+	return 0
+}
+
 var File_mlxrunner_v1_runner_proto protoreflect.FileDescriptor
 
 const file_mlxrunner_v1_runner_proto_rawDesc = "" +
@@ -4651,7 +4997,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0edtype_fallback\x18\n" +
 	" \x01(\bR\rdtypeFallback\x12\x1a\n" +
 	"\bwarnings\x18\v \x03(\tR\bwarnings\x12>\n" +
-	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\xec\x06\n" +
+	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\xf3\b\n" +
 	"\fCapabilities\x12\x1d\n" +
 	"\abatched\x18\x01 \x01(\bH\x00R\abatched\x88\x01\x01\x12&\n" +
 	"\fprefix_cache\x18\x02 \x01(\bH\x01R\vprefixCache\x88\x01\x01\x121\n" +
@@ -4669,7 +5015,13 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"R\treasoning\x88\x01\x01\x12\x19\n" +
 	"\x05tools\x18\f \x01(\bH\vR\x05tools\x88\x01\x01\x12G\n" +
 	"\x10constraint_kinds\x18\r \x03(\x0e2\x1c.mlxrunner.v1.ConstraintKindR\x0fconstraintKinds\x12*\n" +
-	"\x0erequired_tools\x18\x0e \x01(\bH\fR\rrequiredTools\x88\x01\x01B\n" +
+	"\x0erequired_tools\x18\x0e \x01(\bH\fR\rrequiredTools\x88\x01\x01\x12#\n" +
+	"\n" +
+	"completion\x18\x0f \x01(\bH\rR\n" +
+	"completion\x88\x01\x01\x124\n" +
+	"\x13embedding_dimension\x18\x10 \x01(\x05H\x0eR\x12embeddingDimension\x88\x01\x01\x12+\n" +
+	"\x0fmax_embed_count\x18\x11 \x01(\x05H\x0fR\rmaxEmbedCount\x88\x01\x01\x12-\n" +
+	"\x10max_embed_tokens\x18\x12 \x01(\x05H\x10R\x0emaxEmbedTokens\x88\x01\x01B\n" +
 	"\n" +
 	"\b_batchedB\x0f\n" +
 	"\r_prefix_cacheB\x15\n" +
@@ -4684,7 +5036,11 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\n" +
 	"_reasoningB\b\n" +
 	"\x06_toolsB\x11\n" +
-	"\x0f_required_tools\"\xf8\x02\n" +
+	"\x0f_required_toolsB\r\n" +
+	"\v_completionB\x16\n" +
+	"\x14_embedding_dimensionB\x12\n" +
+	"\x10_max_embed_countB\x13\n" +
+	"\x11_max_embed_tokens\"\xf8\x02\n" +
 	"\x0fEstimateRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12*\n" +
 	"\x0econtext_length\x18\x02 \x01(\x05H\x00R\rcontextLength\x88\x01\x01\x12\x1f\n" +
@@ -5002,7 +5358,30 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x14constraint_satisfied\x18\x11 \x01(\bH\x00R\x13constraintSatisfied\x88\x01\x01\x12#\n" +
 	"\rdrafted_count\x18\x12 \x01(\x05R\fdraftedCount\x120\n" +
 	"\x14draft_accepted_count\x18\x13 \x01(\x05R\x12draftAcceptedCountB\x17\n" +
-	"\x15_constraint_satisfied*\xd4\x03\n" +
+	"\x15_constraint_satisfied\"\xab\x01\n" +
+	"\fEmbedRequest\x120\n" +
+	"\x06inputs\x18\x01 \x03(\v2\x18.mlxrunner.v1.EmbedInputR\x06inputs\x12\x18\n" +
+	"\aliteral\x18\x02 \x01(\bR\aliteral\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x03 \x01(\tR\trequestId\x12\x1a\n" +
+	"\bpriority\x18\x04 \x01(\x05R\bpriority\x12\x14\n" +
+	"\x05model\x18\x05 \x01(\tR\x05model\"b\n" +
+	"\n" +
+	"EmbedInput\x12\x14\n" +
+	"\x04text\x18\x01 \x01(\tH\x00R\x04text\x125\n" +
+	"\ttoken_ids\x18\x02 \x01(\v2\x16.mlxrunner.v1.TokenIdsH\x00R\btokenIdsB\a\n" +
+	"\x05input\"\x83\x02\n" +
+	"\rEmbedResponse\x127\n" +
+	"\n" +
+	"embeddings\x18\x01 \x03(\v2\x17.mlxrunner.v1.EmbeddingR\n" +
+	"embeddings\x12*\n" +
+	"\x11prompt_eval_count\x18\x02 \x01(\x05R\x0fpromptEvalCount\x12K\n" +
+	"\x14prompt_eval_duration\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x12promptEvalDuration\x12@\n" +
+	"\x0equeue_duration\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\rqueueDuration\"D\n" +
+	"\tEmbedding\x12\x16\n" +
+	"\x06values\x18\x01 \x03(\x02R\x06values\x12\x1f\n" +
+	"\vtoken_count\x18\x02 \x01(\x05R\n" +
+	"tokenCount*\xd4\x03\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12 \n" +
@@ -5062,7 +5441,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x17TOOL_CHOICE_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10TOOL_CHOICE_AUTO\x10\x01\x12\x14\n" +
 	"\x10TOOL_CHOICE_NONE\x10\x02\x12\x18\n" +
-	"\x14TOOL_CHOICE_REQUIRED\x10\x032\xbd\a\n" +
+	"\x14TOOL_CHOICE_REQUIRED\x10\x032\xff\a\n" +
 	"\rRunnerService\x12=\n" +
 	"\x04Load\x12\x19.mlxrunner.v1.LoadRequest\x1a\x1a.mlxrunner.v1.LoadResponse\x12I\n" +
 	"\bEstimate\x12\x1d.mlxrunner.v1.EstimateRequest\x1a\x1e.mlxrunner.v1.EstimateResponse\x12=\n" +
@@ -5079,7 +5458,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"Detokenize\x12\x1f.mlxrunner.v1.DetokenizeRequest\x1a .mlxrunner.v1.DetokenizeResponse\x12O\n" +
 	"\n" +
 	"RenderChat\x12\x1f.mlxrunner.v1.RenderChatRequest\x1a .mlxrunner.v1.RenderChatResponse\x12?\n" +
-	"\x04Chat\x12\x19.mlxrunner.v1.ChatRequest\x1a\x1a.mlxrunner.v1.ChatResponse0\x01B:\n" +
+	"\x04Chat\x12\x19.mlxrunner.v1.ChatRequest\x1a\x1a.mlxrunner.v1.ChatResponse0\x01\x12@\n" +
+	"\x05Embed\x12\x1a.mlxrunner.v1.EmbedRequest\x1a\x1b.mlxrunner.v1.EmbedResponseB:\n" +
 	"\x0fio.mlxrunner.v1B\vRunnerProtoP\x01Z\x18mlxrunner/v1;mlxrunnerv1b\x06proto3"
 
 var (
@@ -5095,7 +5475,7 @@ func file_mlxrunner_v1_runner_proto_rawDescGZIP() []byte {
 }
 
 var file_mlxrunner_v1_runner_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
+var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
 var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(ErrorReason)(0),            // 0: mlxrunner.v1.ErrorReason
 	(State)(0),                  // 1: mlxrunner.v1.State
@@ -5146,23 +5526,27 @@ var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(*RenderChatResponse)(nil),  // 46: mlxrunner.v1.RenderChatResponse
 	(*ChatRequest)(nil),         // 47: mlxrunner.v1.ChatRequest
 	(*ChatResponse)(nil),        // 48: mlxrunner.v1.ChatResponse
-	nil,                         // 49: mlxrunner.v1.CompletionOptions.LogitBiasEntry
-	(*durationpb.Duration)(nil), // 50: google.protobuf.Duration
+	(*EmbedRequest)(nil),        // 49: mlxrunner.v1.EmbedRequest
+	(*EmbedInput)(nil),          // 50: mlxrunner.v1.EmbedInput
+	(*EmbedResponse)(nil),       // 51: mlxrunner.v1.EmbedResponse
+	(*Embedding)(nil),           // 52: mlxrunner.v1.Embedding
+	nil,                         // 53: mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	(*durationpb.Duration)(nil), // 54: google.protobuf.Duration
 }
 var file_mlxrunner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: mlxrunner.v1.LoadRequest.dtype:type_name -> mlxrunner.v1.Dtype
 	9,  // 1: mlxrunner.v1.LoadResponse.model:type_name -> mlxrunner.v1.Model
-	50, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
+	54, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
 	10, // 3: mlxrunner.v1.Model.capabilities:type_name -> mlxrunner.v1.Capabilities
 	4,  // 4: mlxrunner.v1.Capabilities.constraint_kinds:type_name -> mlxrunner.v1.ConstraintKind
 	2,  // 5: mlxrunner.v1.EstimateRequest.dtype:type_name -> mlxrunner.v1.Dtype
 	1,  // 6: mlxrunner.v1.StatusResponse.state:type_name -> mlxrunner.v1.State
 	22, // 7: mlxrunner.v1.StatusResponse.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
 	9,  // 8: mlxrunner.v1.StatusResponse.model:type_name -> mlxrunner.v1.Model
-	50, // 9: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
-	50, // 10: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
+	54, // 9: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
+	54, // 10: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
 	21, // 11: mlxrunner.v1.StatusResponse.ranks:type_name -> mlxrunner.v1.Rank
-	50, // 12: mlxrunner.v1.WatchStatusRequest.interval:type_name -> google.protobuf.Duration
+	54, // 12: mlxrunner.v1.WatchStatusRequest.interval:type_name -> google.protobuf.Duration
 	18, // 13: mlxrunner.v1.WatchStatusResponse.status:type_name -> mlxrunner.v1.StatusResponse
 	22, // 14: mlxrunner.v1.Rank.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
 	23, // 15: mlxrunner.v1.CompletionRequest.prompt_token_ids:type_name -> mlxrunner.v1.TokenIds
@@ -5170,17 +5554,17 @@ var file_mlxrunner_v1_runner_proto_depIdxs = []int32{
 	25, // 17: mlxrunner.v1.CompletionRequest.constraint:type_name -> mlxrunner.v1.Constraint
 	26, // 18: mlxrunner.v1.Constraint.json_object:type_name -> mlxrunner.v1.JsonObject
 	27, // 19: mlxrunner.v1.Constraint.choice:type_name -> mlxrunner.v1.Choice
-	49, // 20: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	53, // 20: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
 	31, // 21: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
 	3,  // 22: mlxrunner.v1.CompletionResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
 	30, // 23: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
 	31, // 24: mlxrunner.v1.CompletionResponse.prompt_logprobs:type_name -> mlxrunner.v1.TokenLogprob
-	50, // 25: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	50, // 26: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
-	50, // 27: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
+	54, // 25: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	54, // 26: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
+	54, // 27: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
 	32, // 28: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
 	32, // 29: mlxrunner.v1.TokenLogprob.candidates:type_name -> mlxrunner.v1.TopLogprob
-	50, // 30: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
+	54, // 30: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
 	5,  // 31: mlxrunner.v1.ChatMessage.role:type_name -> mlxrunner.v1.Role
 	42, // 32: mlxrunner.v1.ChatMessage.content_parts:type_name -> mlxrunner.v1.ContentPart
 	43, // 33: mlxrunner.v1.ChatMessage.tool_calls:type_name -> mlxrunner.v1.ToolCall
@@ -5195,40 +5579,47 @@ var file_mlxrunner_v1_runner_proto_depIdxs = []int32{
 	31, // 42: mlxrunner.v1.ChatResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
 	3,  // 43: mlxrunner.v1.ChatResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
 	30, // 44: mlxrunner.v1.ChatResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
-	50, // 45: mlxrunner.v1.ChatResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	50, // 46: mlxrunner.v1.ChatResponse.eval_duration:type_name -> google.protobuf.Duration
-	50, // 47: mlxrunner.v1.ChatResponse.queue_duration:type_name -> google.protobuf.Duration
-	7,  // 48: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
-	11, // 49: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
-	13, // 50: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
-	15, // 51: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
-	17, // 52: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
-	19, // 53: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
-	24, // 54: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
-	33, // 55: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
-	35, // 56: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
-	37, // 57: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
-	39, // 58: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
-	45, // 59: mlxrunner.v1.RunnerService.RenderChat:input_type -> mlxrunner.v1.RenderChatRequest
-	47, // 60: mlxrunner.v1.RunnerService.Chat:input_type -> mlxrunner.v1.ChatRequest
-	8,  // 61: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
-	12, // 62: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
-	14, // 63: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
-	16, // 64: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
-	18, // 65: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
-	20, // 66: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
-	29, // 67: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
-	34, // 68: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
-	36, // 69: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
-	38, // 70: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
-	40, // 71: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
-	46, // 72: mlxrunner.v1.RunnerService.RenderChat:output_type -> mlxrunner.v1.RenderChatResponse
-	48, // 73: mlxrunner.v1.RunnerService.Chat:output_type -> mlxrunner.v1.ChatResponse
-	61, // [61:74] is the sub-list for method output_type
-	48, // [48:61] is the sub-list for method input_type
-	48, // [48:48] is the sub-list for extension type_name
-	48, // [48:48] is the sub-list for extension extendee
-	0,  // [0:48] is the sub-list for field type_name
+	54, // 45: mlxrunner.v1.ChatResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	54, // 46: mlxrunner.v1.ChatResponse.eval_duration:type_name -> google.protobuf.Duration
+	54, // 47: mlxrunner.v1.ChatResponse.queue_duration:type_name -> google.protobuf.Duration
+	50, // 48: mlxrunner.v1.EmbedRequest.inputs:type_name -> mlxrunner.v1.EmbedInput
+	23, // 49: mlxrunner.v1.EmbedInput.token_ids:type_name -> mlxrunner.v1.TokenIds
+	52, // 50: mlxrunner.v1.EmbedResponse.embeddings:type_name -> mlxrunner.v1.Embedding
+	54, // 51: mlxrunner.v1.EmbedResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	54, // 52: mlxrunner.v1.EmbedResponse.queue_duration:type_name -> google.protobuf.Duration
+	7,  // 53: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
+	11, // 54: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
+	13, // 55: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
+	15, // 56: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
+	17, // 57: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
+	19, // 58: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
+	24, // 59: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
+	33, // 60: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
+	35, // 61: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
+	37, // 62: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
+	39, // 63: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
+	45, // 64: mlxrunner.v1.RunnerService.RenderChat:input_type -> mlxrunner.v1.RenderChatRequest
+	47, // 65: mlxrunner.v1.RunnerService.Chat:input_type -> mlxrunner.v1.ChatRequest
+	49, // 66: mlxrunner.v1.RunnerService.Embed:input_type -> mlxrunner.v1.EmbedRequest
+	8,  // 67: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
+	12, // 68: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
+	14, // 69: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
+	16, // 70: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
+	18, // 71: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
+	20, // 72: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
+	29, // 73: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
+	34, // 74: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
+	36, // 75: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
+	38, // 76: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
+	40, // 77: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
+	46, // 78: mlxrunner.v1.RunnerService.RenderChat:output_type -> mlxrunner.v1.RenderChatResponse
+	48, // 79: mlxrunner.v1.RunnerService.Chat:output_type -> mlxrunner.v1.ChatResponse
+	51, // 80: mlxrunner.v1.RunnerService.Embed:output_type -> mlxrunner.v1.EmbedResponse
+	67, // [67:81] is the sub-list for method output_type
+	53, // [53:67] is the sub-list for method input_type
+	53, // [53:53] is the sub-list for extension type_name
+	53, // [53:53] is the sub-list for extension extendee
+	0,  // [0:53] is the sub-list for field type_name
 }
 
 func init() { file_mlxrunner_v1_runner_proto_init() }
@@ -5259,13 +5650,17 @@ func file_mlxrunner_v1_runner_proto_init() {
 	}
 	file_mlxrunner_v1_runner_proto_msgTypes[40].OneofWrappers = []any{}
 	file_mlxrunner_v1_runner_proto_msgTypes[41].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[43].OneofWrappers = []any{
+		(*EmbedInput_Text)(nil),
+		(*EmbedInput_TokenIds)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mlxrunner_v1_runner_proto_rawDesc), len(file_mlxrunner_v1_runner_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   43,
+			NumMessages:   47,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

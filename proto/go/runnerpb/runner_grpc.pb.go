@@ -24,8 +24,8 @@
 // UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
 // `authorization: Bearer TOKEN` with that token. Health checks need no token. A
 // server may have a second token, for use: its holders may call `Chat`,
-// `Completion`, `Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and everything
-// else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
+// `Completion`, `Embed`, `Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and
+// everything else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
 //
 // Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
 // itself; the log of the process has the details.
@@ -68,6 +68,7 @@ const (
 	RunnerService_Detokenize_FullMethodName  = "/mlxrunner.v1.RunnerService/Detokenize"
 	RunnerService_RenderChat_FullMethodName  = "/mlxrunner.v1.RunnerService/RenderChat"
 	RunnerService_Chat_FullMethodName        = "/mlxrunner.v1.RunnerService/Chat"
+	RunnerService_Embed_FullMethodName       = "/mlxrunner.v1.RunnerService/Embed"
 )
 
 // RunnerServiceClient is the client API for RunnerService service.
@@ -217,6 +218,8 @@ type RunnerServiceClient interface {
 	//   - INVALID_ARGUMENT / PROMPT_TOO_LONG: the prompt and one new token do not fit
 	//     the context (`promptTokens`, `contextLength`); shorten the prompt, or load
 	//     with a larger context.
+	//   - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the model has no output layer: it only
+	//     embeds (see `Capabilities.completion`). Use another model.
 	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
 	//     first), one is being loaded (wait until `Status` says ACTIVE), or the request
 	//     names a different one (correct `model`).
@@ -240,7 +243,8 @@ type RunnerServiceClient interface {
 	// streams end with ABORTED, after the text that is already on its way, and their
 	// slots are free within one step. Returns at once and never waits for MLX. Finds
 	// the completions that have been accepted (their headers are sent); an id that
-	// none of them has is not an error.
+	// none of them has is not an error. Ends calls of `Embed` in the same way, by
+	// `EmbedRequest.request_id`.
 	//
 	// Errors:
 	//   - INVALID_ARGUMENT / INVALID_FIELD: `request_ids` is empty, too long, or has an
@@ -258,7 +262,8 @@ type RunnerServiceClient interface {
 	// returned; all other calls are answered as usual. A successful `Load`, or an
 	// `Unload`, ends that. Cancelling the call before it returns, or its deadline,
 	// ends it too: new completions are accepted again, unless another `Drain` is
-	// waiting. Without a model the call returns at once and changes nothing.
+	// waiting. Without a model the call returns at once and changes nothing. Calls of
+	// `Embed` count like completions.
 	//
 	// Errors:
 	//   - INVALID_ARGUMENT / INVALID_FIELD: `timeout` is out of range; correct the
@@ -333,7 +338,8 @@ type RunnerServiceClient interface {
 	//     the context (`promptTokens`, `contextLength`); drop earlier messages, or load
 	//     with a larger context.
 	//   - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
-	//     a valid one; correct the model's files, or use another model.
+	//     a valid one; correct the model's files, or use another model. Or the model has no
+	//     output layer, as for `Completion`.
 	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
 	//     first), one is being loaded (wait until `Status` says ACTIVE), or the request
 	//     names a different one (correct `model`).
@@ -351,6 +357,46 @@ type RunnerServiceClient interface {
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
 	Chat(ctx context.Context, in *ChatRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ChatResponse], error)
+	// Embeds texts: returns a vector for each of them. Only for models whose files say
+	// how, in the layout of sentence-transformers: `modules.json` lists a Transformer, a
+	// Pooling (any of its modes but `max`) and optionally a Normalize, and
+	// `1_Pooling/config.json` has the mode. The vectors are those files' vectors: the final
+	// hidden states of the text with the special tokens that the tokenizer puts before and
+	// after it, pooled and normalized as the files say. Nothing is put before a text and
+	// nothing is cut: an instruction that the model expects is up to the caller, and a text
+	// that is too long is refused. A vector does not depend on the other texts, beyond
+	// rounding. The texts are evaluated in the slices of time between the steps of running
+	// completions, several short ones in a call, and take no slot of a completion; requests
+	// wait by `priority`, then in order of arrival, while memory is short. `Abort`, `Drain`,
+	// cancelling the call and its deadline end it like a completion.
+	//
+	// Errors:
+	//   - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, a token id
+	//     is not in the vocabulary, or a text is empty; correct the request.
+	//   - INVALID_ARGUMENT / PROMPT_TOO_LONG: a text is longer than the model embeds here
+	//     (`promptTokens`, `contextLength`); split it, or load with a larger context, unless
+	//     the message names the model's own limit.
+	//   - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files do not say that the model
+	//     embeds, or ask for something that this server does not compute; the message names
+	//     the file. Use another model.
+	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+	//     first), one is being loaded (wait until `Status` says ACTIVE), or the request
+	//     names a different one (correct `model`).
+	//   - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the longest text does
+	//     not fit the memory even alone (`requiredBytes`, `availableBytes`); split it, or
+	//     load with more memory.
+	//   - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
+	//     `RetryInfo.retry_delay`, or use another runner.
+	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
+	//     failed), the runner is draining, or the model was unloaded or replaced; use
+	//     another runner, or load again.
+	//   - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+	//     call; do not retry it automatically.
+	//   - INTERNAL / GENERATION_FAILED: MLX raised an error in a step; the runner recovers,
+	//     and retrying is safe. Or a vector was not finite.
+	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+	//     has none or a different one; send the right one.
+	Embed(ctx context.Context, in *EmbedRequest, opts ...grpc.CallOption) (*EmbedResponse, error)
 }
 
 type runnerServiceClient struct {
@@ -518,6 +564,16 @@ func (c *runnerServiceClient) Chat(ctx context.Context, in *ChatRequest, opts ..
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type RunnerService_ChatClient = grpc.ServerStreamingClient[ChatResponse]
 
+func (c *runnerServiceClient) Embed(ctx context.Context, in *EmbedRequest, opts ...grpc.CallOption) (*EmbedResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(EmbedResponse)
+	err := c.cc.Invoke(ctx, RunnerService_Embed_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // RunnerServiceServer is the server API for RunnerService service.
 // All implementations must embed UnimplementedRunnerServiceServer
 // for forward compatibility.
@@ -665,6 +721,8 @@ type RunnerServiceServer interface {
 	//   - INVALID_ARGUMENT / PROMPT_TOO_LONG: the prompt and one new token do not fit
 	//     the context (`promptTokens`, `contextLength`); shorten the prompt, or load
 	//     with a larger context.
+	//   - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the model has no output layer: it only
+	//     embeds (see `Capabilities.completion`). Use another model.
 	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
 	//     first), one is being loaded (wait until `Status` says ACTIVE), or the request
 	//     names a different one (correct `model`).
@@ -688,7 +746,8 @@ type RunnerServiceServer interface {
 	// streams end with ABORTED, after the text that is already on its way, and their
 	// slots are free within one step. Returns at once and never waits for MLX. Finds
 	// the completions that have been accepted (their headers are sent); an id that
-	// none of them has is not an error.
+	// none of them has is not an error. Ends calls of `Embed` in the same way, by
+	// `EmbedRequest.request_id`.
 	//
 	// Errors:
 	//   - INVALID_ARGUMENT / INVALID_FIELD: `request_ids` is empty, too long, or has an
@@ -706,7 +765,8 @@ type RunnerServiceServer interface {
 	// returned; all other calls are answered as usual. A successful `Load`, or an
 	// `Unload`, ends that. Cancelling the call before it returns, or its deadline,
 	// ends it too: new completions are accepted again, unless another `Drain` is
-	// waiting. Without a model the call returns at once and changes nothing.
+	// waiting. Without a model the call returns at once and changes nothing. Calls of
+	// `Embed` count like completions.
 	//
 	// Errors:
 	//   - INVALID_ARGUMENT / INVALID_FIELD: `timeout` is out of range; correct the
@@ -781,7 +841,8 @@ type RunnerServiceServer interface {
 	//     the context (`promptTokens`, `contextLength`); drop earlier messages, or load
 	//     with a larger context.
 	//   - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
-	//     a valid one; correct the model's files, or use another model.
+	//     a valid one; correct the model's files, or use another model. Or the model has no
+	//     output layer, as for `Completion`.
 	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
 	//     first), one is being loaded (wait until `Status` says ACTIVE), or the request
 	//     names a different one (correct `model`).
@@ -799,6 +860,46 @@ type RunnerServiceServer interface {
 	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
 	//     has none or a different one; send the right one.
 	Chat(*ChatRequest, grpc.ServerStreamingServer[ChatResponse]) error
+	// Embeds texts: returns a vector for each of them. Only for models whose files say
+	// how, in the layout of sentence-transformers: `modules.json` lists a Transformer, a
+	// Pooling (any of its modes but `max`) and optionally a Normalize, and
+	// `1_Pooling/config.json` has the mode. The vectors are those files' vectors: the final
+	// hidden states of the text with the special tokens that the tokenizer puts before and
+	// after it, pooled and normalized as the files say. Nothing is put before a text and
+	// nothing is cut: an instruction that the model expects is up to the caller, and a text
+	// that is too long is refused. A vector does not depend on the other texts, beyond
+	// rounding. The texts are evaluated in the slices of time between the steps of running
+	// completions, several short ones in a call, and take no slot of a completion; requests
+	// wait by `priority`, then in order of arrival, while memory is short. `Abort`, `Drain`,
+	// cancelling the call and its deadline end it like a completion.
+	//
+	// Errors:
+	//   - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, a token id
+	//     is not in the vocabulary, or a text is empty; correct the request.
+	//   - INVALID_ARGUMENT / PROMPT_TOO_LONG: a text is longer than the model embeds here
+	//     (`promptTokens`, `contextLength`); split it, or load with a larger context, unless
+	//     the message names the model's own limit.
+	//   - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files do not say that the model
+	//     embeds, or ask for something that this server does not compute; the message names
+	//     the file. Use another model.
+	//   - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+	//     first), one is being loaded (wait until `Status` says ACTIVE), or the request
+	//     names a different one (correct `model`).
+	//   - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the longest text does
+	//     not fit the memory even alone (`requiredBytes`, `availableBytes`); split it, or
+	//     load with more memory.
+	//   - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
+	//     `RetryInfo.retry_delay`, or use another runner.
+	//   - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
+	//     failed), the runner is draining, or the model was unloaded or replaced; use
+	//     another runner, or load again.
+	//   - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+	//     call; do not retry it automatically.
+	//   - INTERNAL / GENERATION_FAILED: MLX raised an error in a step; the runner recovers,
+	//     and retrying is safe. Or a vector was not finite.
+	//   - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+	//     has none or a different one; send the right one.
+	Embed(context.Context, *EmbedRequest) (*EmbedResponse, error)
 	mustEmbedUnimplementedRunnerServiceServer()
 }
 
@@ -847,6 +948,9 @@ func (UnimplementedRunnerServiceServer) RenderChat(context.Context, *RenderChatR
 }
 func (UnimplementedRunnerServiceServer) Chat(*ChatRequest, grpc.ServerStreamingServer[ChatResponse]) error {
 	return status.Error(codes.Unimplemented, "method Chat not implemented")
+}
+func (UnimplementedRunnerServiceServer) Embed(context.Context, *EmbedRequest) (*EmbedResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Embed not implemented")
 }
 func (UnimplementedRunnerServiceServer) mustEmbedUnimplementedRunnerServiceServer() {}
 func (UnimplementedRunnerServiceServer) testEmbeddedByValue()                       {}
@@ -1082,6 +1186,24 @@ func _RunnerService_Chat_Handler(srv interface{}, stream grpc.ServerStream) erro
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type RunnerService_ChatServer = grpc.ServerStreamingServer[ChatResponse]
 
+func _RunnerService_Embed_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(EmbedRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RunnerServiceServer).Embed(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: RunnerService_Embed_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RunnerServiceServer).Embed(ctx, req.(*EmbedRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // RunnerService_ServiceDesc is the grpc.ServiceDesc for RunnerService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1128,6 +1250,10 @@ var RunnerService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "RenderChat",
 			Handler:    _RunnerService_RenderChat_Handler,
+		},
+		{
+			MethodName: "Embed",
+			Handler:    _RunnerService_Embed_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -27,8 +27,8 @@ service and of reflection, including `Status`, with
 UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
 `authorization: Bearer TOKEN` with that token. Health checks need no token. A
 server may have a second token, for use: its holders may call `Chat`,
-`Completion`, `Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and everything
-else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
+`Completion`, `Embed`, `Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and
+everything else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
 
 Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
 itself; the log of the process has the details.
@@ -73,9 +73,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     the field.
     """
     ERROR_REASON_PROMPT_TOO_LONG: _ErrorReason.ValueType  # 2
-    """The prompt does not fit the context. Code INVALID_ARGUMENT. Metadata:
-    `promptTokens` (for a text of more than 524,288 characters it may be a lower
-    bound), `contextLength`.
+    """The prompt does not fit the context, or a text is longer than the model embeds.
+    Code INVALID_ARGUMENT. Metadata: `promptTokens` (for a text of more than 524,288
+    characters it may be a lower bound), `contextLength`.
     """
     ERROR_REASON_MODEL_NOT_FOUND: _ErrorReason.ValueType  # 3
     """No model has that name. Code NOT_FOUND. Metadata: `model`."""
@@ -134,9 +134,9 @@ with the field's number in the description: upgrade the server, or do not set
 the field.
 """
 ERROR_REASON_PROMPT_TOO_LONG: ErrorReason.ValueType  # 2
-"""The prompt does not fit the context. Code INVALID_ARGUMENT. Metadata:
-`promptTokens` (for a text of more than 524,288 characters it may be a lower
-bound), `contextLength`.
+"""The prompt does not fit the context, or a text is longer than the model embeds.
+Code INVALID_ARGUMENT. Metadata: `promptTokens` (for a text of more than 524,288
+characters it may be a lower bound), `contextLength`.
 """
 ERROR_REASON_MODEL_NOT_FOUND: ErrorReason.ValueType  # 3
 """No model has that name. Code NOT_FOUND. Metadata: `model`."""
@@ -650,6 +650,10 @@ class Capabilities(_message.Message):
     TOOLS_FIELD_NUMBER: _builtins.int
     CONSTRAINT_KINDS_FIELD_NUMBER: _builtins.int
     REQUIRED_TOOLS_FIELD_NUMBER: _builtins.int
+    COMPLETION_FIELD_NUMBER: _builtins.int
+    EMBEDDING_DIMENSION_FIELD_NUMBER: _builtins.int
+    MAX_EMBED_COUNT_FIELD_NUMBER: _builtins.int
+    MAX_EMBED_TOKENS_FIELD_NUMBER: _builtins.int
     batched: _builtins.bool
     """Whether several completions are decoded together. If false, they run one after
     another: `parallel` is 1, or the model cannot be decoded in a batch (see
@@ -690,6 +694,21 @@ class Capabilities(_message.Message):
     grammar can write its calls. In the forms without JSON, only texts, numbers and
     booleans are arguments; a schema with others is refused with its place.
     """
+    completion: _builtins.bool
+    """Whether `Completion` and `Chat` are accepted; false if the files have no output
+    layer, as those of some models that only embed.
+    """
+    embedding_dimension: _builtins.int
+    """The number of values in a vector of `Embed`; 0 if the model does not embed."""
+    max_embed_count: _builtins.int
+    """The most entries of `EmbedRequest.inputs`: at most 256, and fewer if the vectors
+    would exceed gRPC's default limit of 4 MiB. 0 if the model does not embed.
+    """
+    max_embed_tokens: _builtins.int
+    """The longest text of `Embed`, in tokens with the special ones around it: the context
+    in force, or the `max_seq_length` of the model's files if that is less. 0 if the
+    model does not embed.
+    """
     @_builtins.property
     def constraint_kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___ConstraintKind.ValueType]:
         """The kinds of `constraint` in requests. Empty if there are none: the
@@ -715,17 +734,29 @@ class Capabilities(_message.Message):
         tools: _builtins.bool | None = ...,
         constraint_kinds: _abc.Iterable[Global___ConstraintKind.ValueType] | None = ...,
         required_tools: _builtins.bool | None = ...,
+        completion: _builtins.bool | None = ...,
+        embedding_dimension: _builtins.int | None = ...,
+        max_embed_count: _builtins.int | None = ...,
+        max_embed_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "_required_tools", b"_required_tools", "_tools", b"_tools", "batched", b"batched", "chat", b"chat", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning", "required_tools", b"required_tools", "tools", b"tools"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_completion", b"_completion", "_embedding_dimension", b"_embedding_dimension", "_max_context_length", b"_max_context_length", "_max_embed_count", b"_max_embed_count", "_max_embed_tokens", b"_max_embed_tokens", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "_required_tools", b"_required_tools", "_tools", b"_tools", "batched", b"batched", "chat", b"chat", "completion", b"completion", "embedding_dimension", b"embedding_dimension", "max_context_length", b"max_context_length", "max_embed_count", b"max_embed_count", "max_embed_tokens", b"max_embed_tokens", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning", "required_tools", b"required_tools", "tools", b"tools"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_max_context_length", b"_max_context_length", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "_required_tools", b"_required_tools", "_tools", b"_tools", "batched", b"batched", "chat", b"chat", "constraint_kinds", b"constraint_kinds", "max_context_length", b"max_context_length", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning", "required_tools", b"required_tools", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batched", b"_batched", "_chat", b"_chat", "_completion", b"_completion", "_embedding_dimension", b"_embedding_dimension", "_max_context_length", b"_max_context_length", "_max_embed_count", b"_max_embed_count", "_max_embed_tokens", b"_max_embed_tokens", "_max_logit_bias_count", b"_max_logit_bias_count", "_max_logprob_token_id_count", b"_max_logprob_token_id_count", "_max_logprobs", b"_max_logprobs", "_max_stop_count", b"_max_stop_count", "_max_stop_token_id_count", b"_max_stop_token_id_count", "_prefix_cache", b"_prefix_cache", "_rank_count", b"_rank_count", "_reasoning", b"_reasoning", "_required_tools", b"_required_tools", "_tools", b"_tools", "batched", b"batched", "chat", b"chat", "completion", b"completion", "constraint_kinds", b"constraint_kinds", "embedding_dimension", b"embedding_dimension", "max_context_length", b"max_context_length", "max_embed_count", b"max_embed_count", "max_embed_tokens", b"max_embed_tokens", "max_logit_bias_count", b"max_logit_bias_count", "max_logprob_token_id_count", b"max_logprob_token_id_count", "max_logprobs", b"max_logprobs", "max_stop_count", b"max_stop_count", "max_stop_token_id_count", b"max_stop_token_id_count", "prefix_cache", b"prefix_cache", "rank_count", b"rank_count", "reasoning", b"reasoning", "required_tools", b"required_tools", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batched: _TypeAlias = _typing.Literal["batched"]  # noqa: Y015
     _WhichOneofArgType__batched: _TypeAlias = _typing.Literal["_batched", b"_batched"]  # noqa: Y015
     _WhichOneofReturnType__chat: _TypeAlias = _typing.Literal["chat"]  # noqa: Y015
     _WhichOneofArgType__chat: _TypeAlias = _typing.Literal["_chat", b"_chat"]  # noqa: Y015
+    _WhichOneofReturnType__completion: _TypeAlias = _typing.Literal["completion"]  # noqa: Y015
+    _WhichOneofArgType__completion: _TypeAlias = _typing.Literal["_completion", b"_completion"]  # noqa: Y015
+    _WhichOneofReturnType__embedding_dimension: _TypeAlias = _typing.Literal["embedding_dimension"]  # noqa: Y015
+    _WhichOneofArgType__embedding_dimension: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension"]  # noqa: Y015
     _WhichOneofReturnType__max_context_length: _TypeAlias = _typing.Literal["max_context_length"]  # noqa: Y015
     _WhichOneofArgType__max_context_length: _TypeAlias = _typing.Literal["_max_context_length", b"_max_context_length"]  # noqa: Y015
+    _WhichOneofReturnType__max_embed_count: _TypeAlias = _typing.Literal["max_embed_count"]  # noqa: Y015
+    _WhichOneofArgType__max_embed_count: _TypeAlias = _typing.Literal["_max_embed_count", b"_max_embed_count"]  # noqa: Y015
+    _WhichOneofReturnType__max_embed_tokens: _TypeAlias = _typing.Literal["max_embed_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_embed_tokens: _TypeAlias = _typing.Literal["_max_embed_tokens", b"_max_embed_tokens"]  # noqa: Y015
     _WhichOneofReturnType__max_logit_bias_count: _TypeAlias = _typing.Literal["max_logit_bias_count"]  # noqa: Y015
     _WhichOneofArgType__max_logit_bias_count: _TypeAlias = _typing.Literal["_max_logit_bias_count", b"_max_logit_bias_count"]  # noqa: Y015
     _WhichOneofReturnType__max_logprob_token_id_count: _TypeAlias = _typing.Literal["max_logprob_token_id_count"]  # noqa: Y015
@@ -751,7 +782,15 @@ class Capabilities(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__chat) -> _WhichOneofReturnType__chat | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__completion) -> _WhichOneofReturnType__completion | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__embedding_dimension) -> _WhichOneofReturnType__embedding_dimension | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_context_length) -> _WhichOneofReturnType__max_context_length | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_embed_count) -> _WhichOneofReturnType__max_embed_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_embed_tokens) -> _WhichOneofReturnType__max_embed_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_logit_bias_count) -> _WhichOneofReturnType__max_logit_bias_count | None: ...
     @_typing.overload
@@ -1114,10 +1153,10 @@ class StatusResponse(_message.Message):
     """The most completions decoded together; 0 when no model is loaded."""
     running_count: _builtins.int
     """Completions that have started: in prefill, in decode, or preempted because of
-    a slow reader.
+    a slow reader; and calls of `Embed` that have.
     """
     queued_count: _builtins.int
-    """Completions waiting for a slot."""
+    """Completions waiting for a slot, and calls of `Embed` waiting for memory."""
     step_count: _builtins.int
     """Steps of the engine since the process started: a call that prefills some
     prompts' next tokens, or a decode step.
@@ -2782,3 +2821,156 @@ class ChatResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__constraint_satisfied) -> _WhichOneofReturnType__constraint_satisfied | None: ...
 
 Global___ChatResponse: _TypeAlias = ChatResponse  # noqa: Y015
+
+@_typing.final
+class EmbedRequest(_message.Message):
+    """Requests vectors of texts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUTS_FIELD_NUMBER: _builtins.int
+    LITERAL_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    literal: _builtins.bool
+    """Treats the special tokens written in the texts as text, as
+    `CompletionRequest.literal`. Refused with token ids. Default: false.
+    """
+    request_id: _builtins.str
+    """A name for the log lines of this request and for `Abort`, as
+    `CompletionRequest.request_id`. Default: empty.
+    """
+    priority: _builtins.int
+    """Higher first among waiting requests, as `CompletionRequest.priority`. Range:
+    -100 to 100. Default: 0.
+    """
+    model: _builtins.str
+    """The model that is meant: the `LoadRequest.model` that it was loaded with, or
+    `Model.path`. Any other name is refused with MODEL_NOT_LOADED. Default: empty,
+    the loaded model.
+    """
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedInput]:
+        """The texts. Required; at most `Capabilities.max_embed_count`."""
+
+    def __init__(
+        self,
+        *,
+        inputs: _abc.Iterable[Global___EmbedInput] | None = ...,
+        literal: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "literal", b"literal", "model", b"model", "priority", b"priority", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedRequest: _TypeAlias = EmbedRequest  # noqa: Y015
+
+@_typing.final
+class EmbedInput(_message.Message):
+    """A text to embed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Text, which gets the special tokens that the tokenizer puts before and after a
+    text, as in sentence-transformers, and those of `add_bos_token` and
+    `add_eos_token` in tokenizer_config.json. Special tokens written in it count as
+    such (see `EmbedRequest.literal`).
+    """
+    @_builtins.property
+    def token_ids(self) -> Global___TokenIds:
+        """Token ids, used as they are."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        token_ids: Global___TokenIds | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
+    _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
+
+Global___EmbedInput: _TypeAlias = EmbedInput  # noqa: Y015
+
+@_typing.final
+class EmbedResponse(_message.Message):
+    """The vectors of texts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    PROMPT_EVAL_COUNT_FIELD_NUMBER: _builtins.int
+    PROMPT_EVAL_DURATION_FIELD_NUMBER: _builtins.int
+    QUEUE_DURATION_FIELD_NUMBER: _builtins.int
+    prompt_eval_count: _builtins.int
+    """Number of tokens in all texts together."""
+    @_builtins.property
+    def embeddings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Embedding]:
+        """One for each of `EmbedRequest.inputs`, in that order."""
+
+    @_builtins.property
+    def prompt_eval_duration(self) -> _duration_pb2.Duration:
+        """Time from the beginning of the evaluation to its end."""
+
+    @_builtins.property
+    def queue_duration(self) -> _duration_pb2.Duration:
+        """Time the request waited for memory."""
+
+    def __init__(
+        self,
+        *,
+        embeddings: _abc.Iterable[Global___Embedding] | None = ...,
+        prompt_eval_count: _builtins.int = ...,
+        prompt_eval_duration: _duration_pb2.Duration | None = ...,
+        queue_duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt_eval_duration", b"prompt_eval_duration", "queue_duration", b"queue_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "prompt_eval_count", b"prompt_eval_count", "prompt_eval_duration", b"prompt_eval_duration", "queue_duration", b"queue_duration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015
+
+@_typing.final
+class Embedding(_message.Message):
+    """The vector of a text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    token_count: _builtins.int
+    """Number of tokens in the text, with the special ones around it."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """`Capabilities.embedding_dimension` numbers; of length 1 if the model's files
+        normalize.
+        """
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+        token_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_count", b"token_count", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Embedding: _TypeAlias = Embedding  # noqa: Y015

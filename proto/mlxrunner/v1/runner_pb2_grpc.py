@@ -101,6 +101,11 @@ class RunnerServiceStub(object):
                 request_serializer=mlxrunner_dot_v1_dot_runner__pb2.ChatRequest.SerializeToString,
                 response_deserializer=mlxrunner_dot_v1_dot_runner__pb2.ChatResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/mlxrunner.v1.RunnerService/Embed',
+                request_serializer=mlxrunner_dot_v1_dot_runner__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=mlxrunner_dot_v1_dot_runner__pb2.EmbedResponse.FromString,
+                _registered_method=True)
 
 
 class RunnerServiceServicer(object):
@@ -279,6 +284,8 @@ class RunnerServiceServicer(object):
         - INVALID_ARGUMENT / PROMPT_TOO_LONG: the prompt and one new token do not fit
         the context (`promptTokens`, `contextLength`); shorten the prompt, or load
         with a larger context.
+        - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the model has no output layer: it only
+        embeds (see `Capabilities.completion`). Use another model.
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
         first), one is being loaded (wait until `Status` says ACTIVE), or the request
         names a different one (correct `model`).
@@ -307,7 +314,8 @@ class RunnerServiceServicer(object):
         streams end with ABORTED, after the text that is already on its way, and their
         slots are free within one step. Returns at once and never waits for MLX. Finds
         the completions that have been accepted (their headers are sent); an id that
-        none of them has is not an error.
+        none of them has is not an error. Ends calls of `Embed` in the same way, by
+        `EmbedRequest.request_id`.
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: `request_ids` is empty, too long, or has an
@@ -330,7 +338,8 @@ class RunnerServiceServicer(object):
         returned; all other calls are answered as usual. A successful `Load`, or an
         `Unload`, ends that. Cancelling the call before it returns, or its deadline,
         ends it too: new completions are accepted again, unless another `Drain` is
-        waiting. Without a model the call returns at once and changes nothing.
+        waiting. Without a model the call returns at once and changes nothing. Calls of
+        `Embed` count like completions.
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: `timeout` is out of range; correct the
@@ -425,7 +434,8 @@ class RunnerServiceServicer(object):
         the context (`promptTokens`, `contextLength`); drop earlier messages, or load
         with a larger context.
         - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
-        a valid one; correct the model's files, or use another model.
+        a valid one; correct the model's files, or use another model. Or the model has no
+        output layer, as for `Completion`.
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
         first), one is being loaded (wait until `Status` says ACTIVE), or the request
         names a different one (correct `model`).
@@ -440,6 +450,51 @@ class RunnerServiceServicer(object):
         - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
         answer; do not retry it automatically.
         - INTERNAL / GENERATION_FAILED: as for `Completion`; retrying is safe.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+        has none or a different one; send the right one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Embeds texts: returns a vector for each of them. Only for models whose files say
+        how, in the layout of sentence-transformers: `modules.json` lists a Transformer, a
+        Pooling (any of its modes but `max`) and optionally a Normalize, and
+        `1_Pooling/config.json` has the mode. The vectors are those files' vectors: the final
+        hidden states of the text with the special tokens that the tokenizer puts before and
+        after it, pooled and normalized as the files say. Nothing is put before a text and
+        nothing is cut: an instruction that the model expects is up to the caller, and a text
+        that is too long is refused. A vector does not depend on the other texts, beyond
+        rounding. The texts are evaluated in the slices of time between the steps of running
+        completions, several short ones in a call, and take no slot of a completion; requests
+        wait by `priority`, then in order of arrival, while memory is short. `Abort`, `Drain`,
+        cancelling the call and its deadline end it like a completion.
+
+        Errors:
+        - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, a token id
+        is not in the vocabulary, or a text is empty; correct the request.
+        - INVALID_ARGUMENT / PROMPT_TOO_LONG: a text is longer than the model embeds here
+        (`promptTokens`, `contextLength`); split it, or load with a larger context, unless
+        the message names the model's own limit.
+        - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files do not say that the model
+        embeds, or ask for something that this server does not compute; the message names
+        the file. Use another model.
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+        first), one is being loaded (wait until `Status` says ACTIVE), or the request
+        names a different one (correct `model`).
+        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the longest text does
+        not fit the memory even alone (`requiredBytes`, `availableBytes`); split it, or
+        load with more memory.
+        - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
+        `RetryInfo.retry_delay`, or use another runner.
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
+        failed), the runner is draining, or the model was unloaded or replaced; use
+        another runner, or load again.
+        - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+        call; do not retry it automatically.
+        - INTERNAL / GENERATION_FAILED: MLX raised an error in a step; the runner recovers,
+        and retrying is safe. Or a vector was not finite.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
         has none or a different one; send the right one.
         """
@@ -514,6 +569,11 @@ def add_RunnerServiceServicer_to_server(servicer, server):
                     servicer.Chat,
                     request_deserializer=mlxrunner_dot_v1_dot_runner__pb2.ChatRequest.FromString,
                     response_serializer=mlxrunner_dot_v1_dot_runner__pb2.ChatResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=mlxrunner_dot_v1_dot_runner__pb2.EmbedRequest.FromString,
+                    response_serializer=mlxrunner_dot_v1_dot_runner__pb2.EmbedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -869,6 +929,33 @@ class RunnerService(object):
             '/mlxrunner.v1.RunnerService/Chat',
             mlxrunner_dot_v1_dot_runner__pb2.ChatRequest.SerializeToString,
             mlxrunner_dot_v1_dot_runner__pb2.ChatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mlxrunner.v1.RunnerService/Embed',
+            mlxrunner_dot_v1_dot_runner__pb2.EmbedRequest.SerializeToString,
+            mlxrunner_dot_v1_dot_runner__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

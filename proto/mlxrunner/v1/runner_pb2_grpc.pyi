@@ -27,8 +27,8 @@ service and of reflection, including `Status`, with
 UNAUTHENTICATED / UNAUTHENTICATED unless the call's metadata has
 `authorization: Bearer TOKEN` with that token. Health checks need no token. A
 server may have a second token, for use: its holders may call `Chat`,
-`Completion`, `Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and everything
-else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
+`Completion`, `Embed`, `Tokenize`, `Detokenize`, `RenderChat`, `Status`, `WatchStatus` and reflection, and
+everything else is answered with PERMISSION_DENIED / PERMISSION_DENIED.
 
 Any rpc may return INTERNAL / GENERATION_FAILED for a defect of the server
 itself; the log of the process has the details.
@@ -217,6 +217,8 @@ class RunnerServiceStub:
     - INVALID_ARGUMENT / PROMPT_TOO_LONG: the prompt and one new token do not fit
       the context (`promptTokens`, `contextLength`); shorten the prompt, or load
       with a larger context.
+    - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the model has no output layer: it only
+      embeds (see `Capabilities.completion`). Use another model.
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
       first), one is being loaded (wait until `Status` says ACTIVE), or the request
       names a different one (correct `model`).
@@ -241,7 +243,8 @@ class RunnerServiceStub:
     streams end with ABORTED, after the text that is already on its way, and their
     slots are free within one step. Returns at once and never waits for MLX. Finds
     the completions that have been accepted (their headers are sent); an id that
-    none of them has is not an error.
+    none of them has is not an error. Ends calls of `Embed` in the same way, by
+    `EmbedRequest.request_id`.
 
     Errors:
     - INVALID_ARGUMENT / INVALID_FIELD: `request_ids` is empty, too long, or has an
@@ -260,7 +263,8 @@ class RunnerServiceStub:
     returned; all other calls are answered as usual. A successful `Load`, or an
     `Unload`, ends that. Cancelling the call before it returns, or its deadline,
     ends it too: new completions are accepted again, unless another `Drain` is
-    waiting. Without a model the call returns at once and changes nothing.
+    waiting. Without a model the call returns at once and changes nothing. Calls of
+    `Embed` count like completions.
 
     Errors:
     - INVALID_ARGUMENT / INVALID_FIELD: `timeout` is out of range; correct the
@@ -339,7 +343,8 @@ class RunnerServiceStub:
       the context (`promptTokens`, `contextLength`); drop earlier messages, or load
       with a larger context.
     - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
-      a valid one; correct the model's files, or use another model.
+      a valid one; correct the model's files, or use another model. Or the model has no
+      output layer, as for `Completion`.
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
       first), one is being loaded (wait until `Status` says ACTIVE), or the request
       names a different one (correct `model`).
@@ -354,6 +359,47 @@ class RunnerServiceStub:
     - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
       answer; do not retry it automatically.
     - INTERNAL / GENERATION_FAILED: as for `Completion`; retrying is safe.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+      has none or a different one; send the right one.
+    """
+    Embed: _grpc.UnaryUnaryMultiCallable[_runner_pb2.EmbedRequest, _runner_pb2.EmbedResponse]
+    """Embeds texts: returns a vector for each of them. Only for models whose files say
+    how, in the layout of sentence-transformers: `modules.json` lists a Transformer, a
+    Pooling (any of its modes but `max`) and optionally a Normalize, and
+    `1_Pooling/config.json` has the mode. The vectors are those files' vectors: the final
+    hidden states of the text with the special tokens that the tokenizer puts before and
+    after it, pooled and normalized as the files say. Nothing is put before a text and
+    nothing is cut: an instruction that the model expects is up to the caller, and a text
+    that is too long is refused. A vector does not depend on the other texts, beyond
+    rounding. The texts are evaluated in the slices of time between the steps of running
+    completions, several short ones in a call, and take no slot of a completion; requests
+    wait by `priority`, then in order of arrival, while memory is short. `Abort`, `Drain`,
+    cancelling the call and its deadline end it like a completion.
+
+    Errors:
+    - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, a token id
+      is not in the vocabulary, or a text is empty; correct the request.
+    - INVALID_ARGUMENT / PROMPT_TOO_LONG: a text is longer than the model embeds here
+      (`promptTokens`, `contextLength`); split it, or load with a larger context, unless
+      the message names the model's own limit.
+    - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files do not say that the model
+      embeds, or ask for something that this server does not compute; the message names
+      the file. Use another model.
+    - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+      first), one is being loaded (wait until `Status` says ACTIVE), or the request
+      names a different one (correct `model`).
+    - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the longest text does
+      not fit the memory even alone (`requiredBytes`, `availableBytes`); split it, or
+      load with more memory.
+    - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
+      `RetryInfo.retry_delay`, or use another runner.
+    - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
+      failed), the runner is draining, or the model was unloaded or replaced; use
+      another runner, or load again.
+    - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+      call; do not retry it automatically.
+    - INTERNAL / GENERATION_FAILED: MLX raised an error in a step; the runner recovers,
+      and retrying is safe. Or a vector was not finite.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
     """
@@ -512,6 +558,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     - INVALID_ARGUMENT / PROMPT_TOO_LONG: the prompt and one new token do not fit
       the context (`promptTokens`, `contextLength`); shorten the prompt, or load
       with a larger context.
+    - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the model has no output layer: it only
+      embeds (see `Capabilities.completion`). Use another model.
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
       first), one is being loaded (wait until `Status` says ACTIVE), or the request
       names a different one (correct `model`).
@@ -536,7 +584,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     streams end with ABORTED, after the text that is already on its way, and their
     slots are free within one step. Returns at once and never waits for MLX. Finds
     the completions that have been accepted (their headers are sent); an id that
-    none of them has is not an error.
+    none of them has is not an error. Ends calls of `Embed` in the same way, by
+    `EmbedRequest.request_id`.
 
     Errors:
     - INVALID_ARGUMENT / INVALID_FIELD: `request_ids` is empty, too long, or has an
@@ -555,7 +604,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     returned; all other calls are answered as usual. A successful `Load`, or an
     `Unload`, ends that. Cancelling the call before it returns, or its deadline,
     ends it too: new completions are accepted again, unless another `Drain` is
-    waiting. Without a model the call returns at once and changes nothing.
+    waiting. Without a model the call returns at once and changes nothing. Calls of
+    `Embed` count like completions.
 
     Errors:
     - INVALID_ARGUMENT / INVALID_FIELD: `timeout` is out of range; correct the
@@ -634,7 +684,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
       the context (`promptTokens`, `contextLength`); drop earlier messages, or load
       with a larger context.
     - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
-      a valid one; correct the model's files, or use another model.
+      a valid one; correct the model's files, or use another model. Or the model has no
+      output layer, as for `Completion`.
     - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
       first), one is being loaded (wait until `Status` says ACTIVE), or the request
       names a different one (correct `model`).
@@ -649,6 +700,47 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
       answer; do not retry it automatically.
     - INTERNAL / GENERATION_FAILED: as for `Completion`; retrying is safe.
+    - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+      has none or a different one; send the right one.
+    """
+    Embed: _aio.UnaryUnaryMultiCallable[_runner_pb2.EmbedRequest, _runner_pb2.EmbedResponse]  # type: ignore[assignment]
+    """Embeds texts: returns a vector for each of them. Only for models whose files say
+    how, in the layout of sentence-transformers: `modules.json` lists a Transformer, a
+    Pooling (any of its modes but `max`) and optionally a Normalize, and
+    `1_Pooling/config.json` has the mode. The vectors are those files' vectors: the final
+    hidden states of the text with the special tokens that the tokenizer puts before and
+    after it, pooled and normalized as the files say. Nothing is put before a text and
+    nothing is cut: an instruction that the model expects is up to the caller, and a text
+    that is too long is refused. A vector does not depend on the other texts, beyond
+    rounding. The texts are evaluated in the slices of time between the steps of running
+    completions, several short ones in a call, and take no slot of a completion; requests
+    wait by `priority`, then in order of arrival, while memory is short. `Abort`, `Drain`,
+    cancelling the call and its deadline end it like a completion.
+
+    Errors:
+    - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, a token id
+      is not in the vocabulary, or a text is empty; correct the request.
+    - INVALID_ARGUMENT / PROMPT_TOO_LONG: a text is longer than the model embeds here
+      (`promptTokens`, `contextLength`); split it, or load with a larger context, unless
+      the message names the model's own limit.
+    - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files do not say that the model
+      embeds, or ask for something that this server does not compute; the message names
+      the file. Use another model.
+    - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+      first), one is being loaded (wait until `Status` says ACTIVE), or the request
+      names a different one (correct `model`).
+    - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the longest text does
+      not fit the memory even alone (`requiredBytes`, `availableBytes`); split it, or
+      load with more memory.
+    - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
+      `RetryInfo.retry_delay`, or use another runner.
+    - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
+      failed), the runner is draining, or the model was unloaded or replaced; use
+      another runner, or load again.
+    - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+      call; do not retry it automatically.
+    - INTERNAL / GENERATION_FAILED: MLX raised an error in a step; the runner recovers,
+      and retrying is safe. Or a vector was not finite.
     - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
       has none or a different one; send the right one.
     """
@@ -846,6 +938,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - INVALID_ARGUMENT / PROMPT_TOO_LONG: the prompt and one new token do not fit
           the context (`promptTokens`, `contextLength`); shorten the prompt, or load
           with a larger context.
+        - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the model has no output layer: it only
+          embeds (see `Capabilities.completion`). Use another model.
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
           first), one is being loaded (wait until `Status` says ACTIVE), or the request
           names a different one (correct `model`).
@@ -876,7 +970,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         streams end with ABORTED, after the text that is already on its way, and their
         slots are free within one step. Returns at once and never waits for MLX. Finds
         the completions that have been accepted (their headers are sent); an id that
-        none of them has is not an error.
+        none of them has is not an error. Ends calls of `Embed` in the same way, by
+        `EmbedRequest.request_id`.
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: `request_ids` is empty, too long, or has an
@@ -901,7 +996,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         returned; all other calls are answered as usual. A successful `Load`, or an
         `Unload`, ends that. Cancelling the call before it returns, or its deadline,
         ends it too: new completions are accepted again, unless another `Drain` is
-        waiting. Without a model the call returns at once and changes nothing.
+        waiting. Without a model the call returns at once and changes nothing. Calls of
+        `Embed` count like completions.
 
         Errors:
         - INVALID_ARGUMENT / INVALID_FIELD: `timeout` is out of range; correct the
@@ -1004,7 +1100,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
           the context (`promptTokens`, `contextLength`); drop earlier messages, or load
           with a larger context.
         - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the template cannot be read or is not
-          a valid one; correct the model's files, or use another model.
+          a valid one; correct the model's files, or use another model. Or the model has no
+          output layer, as for `Completion`.
         - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
           first), one is being loaded (wait until `Status` says ACTIVE), or the request
           names a different one (correct `model`).
@@ -1019,6 +1116,53 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
           answer; do not retry it automatically.
         - INTERNAL / GENERATION_FAILED: as for `Completion`; retrying is safe.
+        - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
+          has none or a different one; send the right one.
+        """
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _runner_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runner_pb2.EmbedResponse, _abc.Awaitable[_runner_pb2.EmbedResponse]]:
+        """Embeds texts: returns a vector for each of them. Only for models whose files say
+        how, in the layout of sentence-transformers: `modules.json` lists a Transformer, a
+        Pooling (any of its modes but `max`) and optionally a Normalize, and
+        `1_Pooling/config.json` has the mode. The vectors are those files' vectors: the final
+        hidden states of the text with the special tokens that the tokenizer puts before and
+        after it, pooled and normalized as the files say. Nothing is put before a text and
+        nothing is cut: an instruction that the model expects is up to the caller, and a text
+        that is too long is refused. A vector does not depend on the other texts, beyond
+        rounding. The texts are evaluated in the slices of time between the steps of running
+        completions, several short ones in a call, and take no slot of a completion; requests
+        wait by `priority`, then in order of arrival, while memory is short. `Abort`, `Drain`,
+        cancelling the call and its deadline end it like a completion.
+
+        Errors:
+        - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, a token id
+          is not in the vocabulary, or a text is empty; correct the request.
+        - INVALID_ARGUMENT / PROMPT_TOO_LONG: a text is longer than the model embeds here
+          (`promptTokens`, `contextLength`); split it, or load with a larger context, unless
+          the message names the model's own limit.
+        - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files do not say that the model
+          embeds, or ask for something that this server does not compute; the message names
+          the file. Use another model.
+        - FAILED_PRECONDITION / MODEL_NOT_LOADED: no model is loaded (call `Load`
+          first), one is being loaded (wait until `Status` says ACTIVE), or the request
+          names a different one (correct `model`).
+        - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the KV cache for the longest text does
+          not fit the memory even alone (`requiredBytes`, `availableBytes`); split it, or
+          load with more memory.
+        - RESOURCE_EXHAUSTED / QUEUE_FULL: too many requests are waiting; retry after
+          `RetryInfo.retry_delay`, or use another runner.
+        - UNAVAILABLE / SHUTTING_DOWN: the process is stopping (perhaps because it
+          failed), the runner is draining, or the model was unloaded or replaced; use
+          another runner, or load again.
+        - ABORTED / ABORTED: an `Abort`, or a `Drain` whose `timeout` passed, ended the
+          call; do not retry it automatically.
+        - INTERNAL / GENERATION_FAILED: MLX raised an error in a step; the runner recovers,
+          and retrying is safe. Or a vector was not finite.
         - UNAUTHENTICATED / UNAUTHENTICATED: the server requires a token and the call
           has none or a different one; send the right one.
         """
