@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from runner_client.process.aio_supervision import (
     Connection,
@@ -14,7 +14,6 @@ from runner_client.process.aio_supervision import (
 )
 from runner_client.process.base import ProcessBase, start_limit
 from runner_client.rpc.aio_client import AsyncRunnerClient
-from runner_client.rpc.transport.base import embedding_error
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
         ChatMessage,
         Completion,
         Constraint,
+        Embedding,
         LoadResult,
         Options,
         Status,
@@ -337,13 +337,14 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         """
         return await self.client.trim(prefix_cache_bytes=prefix_cache_bytes)
 
-    async def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
-        """Refuse the call: the runner only completes text.
+    async def embedding(self, content: str) -> Embedding:
+        """Return the vector of a text; see ``AsyncRunnerClient.embedding``.
 
         Raises:
-            NotSupportedError: Always.
+            NotSupportedError: The model is not made for embeddings.
+            RunnerError: The call failed for another reason.
         """
-        raise embedding_error()
+        return await self.client.embedding(content)
 
     async def restart(self, on_progress: Callable[[Status], None] | None = None) -> LoadResult:
         """Stop the child if still running, start another, and wait until the model is loaded.

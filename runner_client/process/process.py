@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from runner_client.process.base import ProcessBase, start_limit
 from runner_client.process.supervision import (
@@ -15,7 +15,6 @@ from runner_client.process.supervision import (
     start_blocking,
 )
 from runner_client.rpc.client import RunnerClient
-from runner_client.rpc.transport.base import embedding_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
         ChatMessage,
         Completion,
         Constraint,
+        Embedding,
         LoadResult,
         Options,
         Status,
@@ -330,13 +330,14 @@ class RunnerProcess(ProcessBase[Connection]):
         """
         return self.client.trim(prefix_cache_bytes=prefix_cache_bytes)
 
-    def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
-        """Refuse the call: the runner only completes text.
+    def embedding(self, content: str) -> Embedding:
+        """Return the vector of a text; see ``RunnerClient.embedding``.
 
         Raises:
-            NotSupportedError: Always.
+            NotSupportedError: The model is not made for embeddings.
+            RunnerError: The call failed for another reason.
         """
-        raise embedding_error()
+        return self.client.embedding(content)
 
     def restart(self, on_progress: Callable[[Status], None] | None = None) -> LoadResult:
         """Stop the child if still running, start another, and wait until the model is loaded.

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from runner_client.checks import check_number, check_text
+from runner_client.errors import ModelUnsupportedError
 from runner_client.rpc.aio_chat_client import AsyncChatClient
 from runner_client.rpc.messages import requests, responses
+from runner_client.rpc.messages.embeddings import embed_request, embeddings, not_supported
 from runner_client.rpc.transport import health
-from runner_client.rpc.transport.base import embedding_error
+from runner_client.rpc.transport.base import LOAD_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from runner_client.rpc.aio_stream import AsyncCompletionStream, AsyncStatusStream
-    from runner_client.types import Completion, Constraint, Options, Status
+    from runner_client.types import Completion, Constraint, Embedding, Options, Status
 
 
 class AsyncModelClient(AsyncChatClient):
@@ -237,10 +239,65 @@ class AsyncModelClient(AsyncChatClient):
         request = requests.detokenize_request(token_ids, model)
         return (await self._connection.call(self._connection.stub.Detokenize, request)).content
 
-    async def embedding(self, content: str) -> NoReturn:  # noqa: ARG002 - the interface has it
-        """Refuse the call: the runner only completes text.
+    async def embed(
+        self,
+        inputs: Sequence[str | Sequence[int]],
+        *,
+        literal: bool = False,
+        request_id: str = "",
+        priority: int = 0,
+        model: str | None = None,
+        timeout_seconds: float | None = None,
+    ) -> list[Embedding]:
+        """Return the vector of each text, as the files of a model that embeds describe it.
+
+        Nothing is put before a text and nothing is cut: an instruction that the model expects is
+        part of the text. Short texts are evaluated together, so few calls with many texts take the
+        least time.
+
+        Args:
+            inputs: Texts, which get the special tokens that the tokenizer puts around a text, or
+                token ids, which are used unchanged. At most ``Capabilities.max_embed_count``.
+            literal: See ``completion``.
+            request_id: See ``completion``.
+            priority: Higher first among waiting requests, as for ``completion``.
+            model: See ``completion``.
+            timeout_seconds: The deadline. Default: ``Timeouts.first_token_seconds``.
 
         Raises:
-            NotSupportedError: Always.
+            TypeError: An argument is of the wrong type.
+            InvalidRequestError: There are too many texts, or one is empty.
+            PromptTooLongError: A text is longer than the model embeds.
+            NotSupportedError: The model is not made for embeddings, or the runner is older.
+            ModelNotLoadedError: No model is loaded, or another one than ``model``.
+            QueueFullError: Too many requests are waiting.
+            RunnerError: The call failed for another reason.
         """
-        raise embedding_error()
+        check_number("timeout_seconds", timeout_seconds)
+        request = embed_request(
+            inputs, literal=literal, request_id=request_id, priority=priority, model=model
+        )
+        usual = self._connection.timeouts.first_token_seconds or LOAD_SECONDS
+        try:
+            reply = await self._connection.call(
+                self._connection.stub.Embed, request, timeout_seconds or usual
+            )
+        except ModelUnsupportedError as error:
+            raise not_supported(error) from error
+        return embeddings(reply)
+
+    async def embedding(self, content: str, *, model: str | None = None) -> Embedding:
+        """Return the vector of one text; see ``embed``.
+
+        Args:
+            content: The text.
+            model: See ``completion``.
+
+        Raises:
+            PromptTooLongError: The text is longer than the model embeds.
+            NotSupportedError: The model is not made for embeddings, or the runner is older.
+            RunnerError: The call failed for another reason.
+        """
+        check_text("content", content)
+        (found,) = await self.embed([content], model=model)
+        return found

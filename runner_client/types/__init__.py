@@ -38,6 +38,7 @@ from runner_client.types.constraints import (
     LarkGrammar,
     Regex,
 )
+from runner_client.types.embeddings import Embedding
 from runner_client.types.runners import (
     Capabilities,
     DeviceInfo,
@@ -64,6 +65,7 @@ __all__ = [
     "DoneReason",
     "DrainResult",
     "Dtype",
+    "Embedding",
     "JsonObject",
     "JsonSchema",
     "LarkGrammar",

@@ -201,8 +201,23 @@ async def test_the_other_rpcs_return_their_results(runner: FakeRunner) -> None:
         assert await client.unload() == 0
         with pytest.raises(errors.ModelNotLoadedError):
             await client.tokenize("x")
-        with pytest.raises(errors.NotSupportedError):
+        with pytest.raises(errors.ModelNotLoadedError):
             await client.embedding("x")
+
+
+async def test_vectors_are_returned_in_the_order_of_the_texts(runner: FakeRunner) -> None:
+    runner.embedding_dimension = 3
+    async with AsyncRunnerClient(runner.address) as client:
+        found = await client.embed(["a", [1, 2], "abc"], request_id="mine", priority=3)
+        assert [each.token_count for each in found] == [1, 2, 3]
+        assert await client.embedding("abc") == found[2]
+        assert math.hypot(*found[2].values) == pytest.approx(1, abs=1e-6)
+        capabilities = (await client.status()).model.capabilities  # type: ignore[union-attr]
+        assert capabilities.embedding_dimension == len(found[0].values) == 3
+    first, second = runner.requests
+    assert isinstance(first, pb.EmbedRequest)
+    assert (first.request_id, first.priority, first.literal) == ("mine", 3, False)
+    assert second == pb.EmbedRequest(inputs=[pb.EmbedInput(text="abc")])
 
 
 async def test_load_reports_its_progress(runner: FakeRunner) -> None:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import pytest
@@ -253,9 +254,30 @@ def test_a_completion_after_unload_finds_no_model(client: RunnerClient) -> None:
         client.complete("Hi")
 
 
-def test_embeddings_are_not_supported(client: RunnerClient) -> None:
-    with pytest.raises(errors.NotSupportedError):
-        client.embedding("Hi")
+def test_a_model_that_is_not_made_for_embeddings_is_not_supported(client: RunnerClient) -> None:
+    for call in (lambda: client.embedding("Hi"), lambda: client.embed(["Hi"])):
+        with pytest.raises(errors.NotSupportedError, match="does not embed") as caught:
+            call()
+        assert caught.value.reason == "MODEL_UNSUPPORTED"
+
+
+@pytest.mark.parametrize("inputs", ["text", [1], [["x"]], [b"x"]])
+def test_inputs_of_other_types_are_refused(client: RunnerClient, inputs: Any) -> None:
+    with pytest.raises(TypeError, match="inputs"):
+        client.embed(inputs)
+    with pytest.raises(TypeError, match="content"):
+        client.embedding(["x"])  # type: ignore[arg-type]
+
+
+def test_a_call_to_embed_waits_as_long_as_a_first_token(runner: FakeRunner) -> None:
+    """Embed with a usual deadline that is too short for many long texts."""
+    runner.embedding_dimension = 2
+    runner.embed_seconds = 0.5
+    timeouts = Timeouts(call_seconds=0.05)
+    with RunnerClient(runner.address, timeouts=timeouts) as client:
+        assert client.embedding("Hi").token_count == 2
+        with pytest.raises(errors.RunnerTimeoutError):
+            client.embed(["Hi"], timeout_seconds=0.05)
 
 
 def test_calls_on_a_closed_client_raise(client: RunnerClient) -> None:

@@ -39,6 +39,7 @@ PUBLIC = [
     "DeviceInfo",
     "DoneReason",
     "DrainResult",
+    "Embedding",
     "GateDecision",
     "GenerationFailedError",
     "IncompleteStreamError",

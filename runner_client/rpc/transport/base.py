@@ -10,7 +10,6 @@ import grpc
 from runner_client.checks import check_kind, check_text
 from runner_client.errors import (
     IncompleteStreamError,
-    NotSupportedError,
     RunnerError,
     RunnerUnavailableError,
 )
@@ -116,8 +115,3 @@ def cancelled_stream() -> IncompleteStreamError:
     return IncompleteStreamError(
         "this completion was cancelled by its reader: the text is incomplete"
     )
-
-
-def embedding_error() -> NotSupportedError:
-    """Return the error of ``embedding``, which exists for API compatibility only."""
-    return NotSupportedError("embeddings are not supported: the runner completes text only")
