@@ -61,7 +61,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two small models with a long context, the first with a chat template."""
+    """Two small models with a long context; the first has a chat template and embeds texts."""
+    from support.embedding_models import say_that_it_embeds
     from support.models import build_model
     from support.pool_server import CONTEXT
 
@@ -71,7 +72,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         for name, seed in (("one", 1), ("two", 2))
     )
     (one / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}.{% endfor %}")
-    return one, two
+    return say_that_it_embeds(one), two
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,18 @@ async def test_a_conversation_gets_the_runners_answer(one: Path) -> None:
         assert "".join(p.content for p in answer) == "".join(p.content for p in expected)
 
 
+async def test_texts_get_the_runners_vectors(one: Path) -> None:
+    async with serving(one) as server:
+        request = pb.EmbedRequest(inputs=[pb.EmbedInput(text="The fox")], model=str(one))
+        answer = await server.runner.Embed(request)
+        assert len(answer.embeddings[0].values) == 64
+        request.ClearField("model")
+        direct = await Direct(server, one)("Embed", request)
+        assert direct.embeddings == answer.embeddings
+        problem = await failure(server.runner.Embed(pb.EmbedRequest(model=str(one))))
+        assert problem.violations
+
+
 def _text(messages: list[pb.CompletionResponse]) -> str:
     return "".join(message.content for message in messages)
 

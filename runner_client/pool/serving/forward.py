@@ -36,7 +36,14 @@ class Forwarder:
         # A runner's channel is closed with the last reference to its member.
         self._runners: weakref.WeakKeyDictionary[Member, _Runner] = weakref.WeakKeyDictionary()
 
-    async def unary(self, member: Member, method: str, request: bytes, context: Context) -> bytes:
+    async def unary(
+        self,
+        member: Member,
+        method: str,
+        request: bytes,
+        context: Context,
+        on_call: Callable[[Callable[[], object]], object] = lambda _cancel: None,
+    ) -> bytes:
         """Call a method that has one response, and return its bytes.
 
         Args:
@@ -45,25 +52,35 @@ class Forwarder:
             request: The request's bytes.
             context: The call of the pool, whose deadline applies, and which ends with the runner's
                 error.
+            on_call: Called with a function that cancels the call to the runner.
 
         Raises:
             RunnerUnavailableError: The runner is gone.
         """
         try:
-            return await self.call(member, method, request, context)
+            return await self.call(member, method, request, context, on_call)
         except grpc.aio.AioRpcError as error:
             await _pass_on(error, member, context)
 
-    async def call(self, member: Member, method: str, request: bytes, context: Context) -> bytes:
+    async def call(
+        self,
+        member: Member,
+        method: str,
+        request: bytes,
+        context: Context,
+        on_call: Callable[[Callable[[], object]], object] = lambda _cancel: None,
+    ) -> bytes:
         """Like ``unary``, but leave the call of the pool as it is.
 
         Raises:
             grpc.aio.AioRpcError: The runner's error.
         """
         runner = self._runner(member)
-        return await runner.unary(method)(
+        call = runner.unary(method)(
             request, timeout=context.time_remaining(), metadata=runner.headers(context)
         )
+        on_call(call.cancel)
+        return await call
 
     async def stream(
         self,

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     _Named = (
         pb.ChatRequest
         | pb.CompletionRequest
+        | pb.EmbedRequest
         | pb.TokenizeRequest
         | pb.DetokenizeRequest
         | pb.RenderChatRequest
@@ -105,6 +106,7 @@ class PooledRunnerService:
             "Completion": stream(self.completion, pb.CompletionRequest.FromString),
             "Chat": stream(self.chat, pb.ChatRequest.FromString),
             "WatchStatus": stream(self.watch_status, pb.WatchStatusRequest.FromString),
+            "Embed": unary(self.embed, pb.EmbedRequest.FromString),
             "Tokenize": unary(self.tokenize, pb.TokenizeRequest.FromString),
             "Detokenize": unary(self.detokenize, pb.DetokenizeRequest.FromString),
             "RenderChat": unary(self.render_chat, pb.RenderChatRequest.FromString),
@@ -140,6 +142,15 @@ class PooledRunnerService:
                 async with aclosing(messages):
                     async for message in messages:
                         yield message
+
+    async def embed(self, request: pb.EmbedRequest, context: Context) -> bytes:
+        """Lease the model, and pass the call on, which ends like a completion."""
+        with self._completions.begin(request.request_id) as completion:
+            async with self._lease(request) as member:
+                data = _unnamed(request)
+                return await self._forwarder.unary(
+                    member, "Embed", data, context, completion.forwarded
+                )
 
     async def tokenize(self, request: pb.TokenizeRequest, context: Context) -> bytes:
         """Lease the model, and pass the call on."""
