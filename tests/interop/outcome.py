@@ -18,6 +18,7 @@ _ANSWERS: dict[str, type[Message]] = {
     "Status": pb.StatusResponse,
     "Completion": pb.CompletionResponse,
     "Chat": pb.ChatResponse,
+    "Embed": pb.EmbedResponse,
     "RenderChat": pb.RenderChatResponse,
     "Tokenize": pb.TokenizeResponse,
     "Detokenize": pb.DetokenizeResponse,

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+from support.embedding_models import say_that_it_embeds
+
 END = "<|end|>"
 
 SCRIPTS = (
@@ -59,7 +61,7 @@ _LOGIT = 20.0
 
 
 def build_scripted_model(path: Path) -> Path:
-    """Write a model directory and return the path.
+    """Write a model directory and return the path. The model embeds texts, too.
 
     The tokenizer is byte-level: it has a token for each byte and one for each text of the scripts.
     """
@@ -69,7 +71,7 @@ def build_scripted_model(path: Path) -> Path:
     config = _CONFIG | {"hidden_size": _WIDTH, "vocab_size": len(ids), "eos_token_id": ids[END]}
     (path / "config.json").write_text(json.dumps(config))
     (path / "chat_template.jinja").write_text(TEMPLATE)
-    return path
+    return say_that_it_embeds(path)
 
 
 def _write_tokenizer(path: Path) -> dict[str, int]:

@@ -30,6 +30,7 @@ func rpcs(client runnerpb.RunnerServiceClient) map[string]rpc {
 		"Status":     unary(client.Status),
 		"Completion": stream(client.Completion),
 		"Chat":       stream(client.Chat),
+		"Embed":      unary(client.Embed),
 		"RenderChat": unary(client.RenderChat),
 		"Tokenize":   unary(client.Tokenize),
 		"Detokenize": unary(client.Detokenize),

@@ -86,6 +86,7 @@ async fn exchange(mut client: Client, rpc: &Rpc, messages: &Messages) -> Result<
         "Status" => keep(client.status(request(rpc)?).await?, messages),
         "Tokenize" => keep(client.tokenize(request(rpc)?).await?, messages),
         "Detokenize" => keep(client.detokenize(request(rpc)?).await?, messages),
+        "Embed" => keep(client.embed(request(rpc)?).await?, messages),
         "RenderChat" => keep(client.render_chat(request(rpc)?).await?, messages),
         "Completion" => keep_all(client.completion(request(rpc)?).await?, messages).await,
         "Chat" => keep_all(client.chat(request(rpc)?).await?, messages).await,

@@ -10,6 +10,7 @@ import io.grpc.stub.StreamObserver;
 import io.mlxrunner.v1.ChatRequest;
 import io.mlxrunner.v1.CompletionRequest;
 import io.mlxrunner.v1.DetokenizeRequest;
+import io.mlxrunner.v1.EmbedRequest;
 import io.mlxrunner.v1.LoadRequest;
 import io.mlxrunner.v1.RenderChatRequest;
 import io.mlxrunner.v1.RunnerServiceGrpc.RunnerServiceStub;
@@ -39,6 +40,7 @@ final class Call<Q, A extends Message> implements ClientResponseObserver<Q, A> {
             case "Completion" -> begin(
                     request, CompletionRequest.newBuilder(), CompletionRequest.Builder::build, stub::completion);
             case "Chat" -> begin(request, ChatRequest.newBuilder(), ChatRequest.Builder::build, stub::chat);
+            case "Embed" -> begin(request, EmbedRequest.newBuilder(), EmbedRequest.Builder::build, stub::embed);
             case "RenderChat" -> begin(
                     request, RenderChatRequest.newBuilder(), RenderChatRequest.Builder::build, stub::renderChat);
             case "Tokenize" -> begin(
