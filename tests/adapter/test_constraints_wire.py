@@ -143,7 +143,9 @@ async def test_an_unload_and_a_replaced_model_end_constrained_streams(
     real: Server, model_dir: Build
 ) -> None:
     for _ in range(2):
-        call = real.start(constraint=pb.Constraint(regex="[a-z ]*"), num_predict=500)
+        endless = pb.Constraint(regex="[a-z ]{2000,}")
+        # A text that hardly repeats itself, because drafts could end it before the load begins.
+        call = real.start(constraint=endless, num_predict=1900, temperature=2, top_k=0)
         await anext(aiter(call))
         await real.load(str(model_dir()))
         assert (await failure(call)).reason == "SHUTTING_DOWN"

@@ -35,7 +35,8 @@ from support.process_view import ProcessView
 
 pytestmark = pytest.mark.mlx
 
-LONG = Options(num_predict=100_000, temperature=0)
+LONG = Options(num_predict=100_000, temperature=2, top_k=0, top_p=1.0, logit_bias={0: -100})
+"""A completion as long as the context, whose text repeats too little to be drafted."""
 
 PARENT = """
 import os, subprocess, sys, time
@@ -80,7 +81,11 @@ free.free_memory = lambda: dataclasses.replace(
 """Makes a server measure no free memory."""
 
 WAIT = "runner.wait_until_running()\n"
-GENERATE = "stream = runner.completion('x', options=Options(num_predict=100_000))\nnext(stream)\n"
+GENERATE = (
+    "options = Options(num_predict=100_000, temperature=2, top_k=0, logit_bias={0: -100})\n"
+    "stream = runner.completion('x', options=options)\n"
+    "next(stream)\n"
+)
 READ_ON = "for _ in stream: pass"
 
 

@@ -32,7 +32,8 @@ async def test_the_time_a_reader_stops_does_not_lengthen_the_delay(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("runner_server.engine.generation_request.time", clock)
+    for module in ("request", "generation_request"):
+        monkeypatch.setattr(f"runner_server.engine.{module}.time", clock)
     await server.load(parallel=1)
     for _ in range(30):
         await server.complete(num_predict=1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from runner_client import Options, RunnerProcess, errors
+from runner_client import RunnerProcess, errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parents[1]
 BREAK = "break"
 """Id of a request whose step fails."""
-
-LONG = Options(num_predict=100_000, temperature=0)
 
 NAMED_REQUESTS = """
 from runner_server.engine.generation_request import GenerationRequest
