@@ -45,6 +45,7 @@ def test_services_and_methods_are_listed(run: Run, place: ToolTarget) -> None:
         "Completion",
         "Detokenize",
         "Drain",
+        "Embed",
         "Estimate",
         "Load",
         "RenderChat",
@@ -66,7 +67,8 @@ def test_descriptions_have_comments(run: Run, place: ToolTarget) -> None:
     assert "// - FAILED_PRECONDITION / BUSY: a load or another unload is running" in method
     assert "rpc Unload (" in method
     message = run_grpcurl(run, place, "describe", "mlxrunner.v1.StatusResponse").stdout
-    assert "  // Completions waiting for a slot.\n  int32 queued_count = 9;" in message
+    comment = "  // Completions waiting for a slot, and calls of `Embed` waiting for memory.\n"
+    assert f"{comment}  int32 queued_count = 9;" in message
     # Every field, every value and every method has its comment.
     for symbol in (SERVICE, "mlxrunner.v1.State", "mlxrunner.v1.CompletionOptions"):
         lines = [
@@ -80,7 +82,7 @@ def test_descriptions_have_comments(run: Run, place: ToolTarget) -> None:
 @pytest.mark.parametrize("source", [("-protoset", PROTOSET), PROTO], ids=["protoset", "proto"])
 def test_descriptions_without_a_server_have_comments(run: Run, source: tuple[str, ...]) -> None:
     done = run("grpcurl", *source, "describe", "mlxrunner.v1.StatusResponse")
-    assert "  // Completions waiting for a slot.\n" in done.stdout, done.stderr
+    assert "  // Completions waiting for a slot, and calls of" in done.stdout, done.stderr
 
 
 def test_the_status_is_readable(run: Run, place: ToolTarget) -> None:
