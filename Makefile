@@ -133,7 +133,7 @@ test-floor: ## Run the tests with the lowest versions that pyproject.toml allows
 	.venv-floor/bin/python -m pytest $(IN_PARALLEL) $(ARGS)
 
 .PHONY: bench
-bench: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## Benchmark this runner against its peers, in half an hour
+bench: $(VENV)/.installed-bench $(SMG_VENV)/.installed ## Benchmark this runner against its peers, in an hour
 	@$(BIN)/python -m bench $(ARGS)
 
 .PHONY: bench-quick
