@@ -239,13 +239,7 @@ class DecodeBatch:
         (row,) = self.rows
         previous = self._in_flight
         ((value, is_finite),) = previous.read()
-        if row.is_unreported:
-            draft = draft[1:] if value == draft[0] else ()
-        matchers: Sequence[GrammarMatcher] = ()
-        if row.matcher:
-            unread = [value] if row.is_unreported else []
-            matchers = matchers_of_draft(row.matcher, unread, draft)
-            draft = draft[: max(0, len(matchers) - 1)]
+        draft, matchers = _checkable(row, value, draft)
         if not (draft and is_finite):
             return None
         ids = [value, *draft]
@@ -356,6 +350,27 @@ class DecodeBatch:
 def _inputs_of(rows: Sequence[Row]) -> InFlightStep:
     """Return the inputs of the next step for rows that join."""
     return InFlightStep.known([row.next_id for row in rows], [row.is_finite for row in rows])
+
+
+def _checkable(
+    row: Row, value: int, draft: Sequence[int]
+) -> tuple[Sequence[int], Sequence[GrammarMatcher]]:
+    """Return the tokens of a draft after the token in flight, as far as the constraint allows them.
+
+    Args:
+        row: The row.
+        value: The token in flight.
+        draft: The tokens to expect after those reported.
+
+    Returns:
+        The tokens, none if the token in flight differs, and the matchers of ``DraftDrawing``.
+    """
+    if row.is_unreported:
+        draft = draft[1:] if value == draft[0] else ()
+    if row.matcher is None:
+        return draft, ()
+    matchers = matchers_of_draft(row.matcher, [value] if row.is_unreported else [], draft)
+    return draft[: max(0, len(matchers) - 1)], matchers
 
 
 def _fill_gaps(stays: Sequence[bool]) -> list[int]:

@@ -12,6 +12,7 @@ from runner_server.mlx_backend.drawing import Agree, Drawing
 from runner_server.mlx_backend.in_flight import InFlightStep
 from runner_server.mlx_backend.sampling.constrained import ConstrainedSampler
 from runner_server.mlx_backend.sampling.mask_rows import MaskRows
+from runner_server.mlx_backend.sampling.penalties import Penalties
 from runner_server.mlx_backend.sampling.row_logprobs import RowLogprobs
 from runner_server.mlx_backend.sampling.sampler import Sampler
 
@@ -33,6 +34,7 @@ class DraftDrawing:
         self._vocab_size = vocab_size
         self._mask_rows = mask_rows
         self._agree = agree
+        self._reads_history = Penalties([sampling]).reads_histories
         # Without constraints, by the number of tokens.
         self._drawings: dict[int, Drawing] = {}
 
@@ -53,7 +55,10 @@ class DraftDrawing:
             drawn: Number of tokens drawn in the row, including the first id.
             matchers: A matcher for each id, which has consumed it; empty without a constraint.
         """
-        histories = [[*history, *ids[:index]] for index in range(len(ids))]
+        # Copies of a long history take milliseconds, and only penalties read them.
+        histories = [
+            [*history, *ids[:index]] if self._reads_history else () for index in range(len(ids))
+        ]
         inputs = mx.array(list(ids), dtype=mx.uint32)
         drawing = self._drawing(len(ids), matchers)
         return drawing(logits, histories, inputs, range(drawn, drawn + len(ids)))

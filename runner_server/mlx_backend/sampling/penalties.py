@@ -29,6 +29,11 @@ class Penalties:
         self._over_window = _WindowPenalties([_over_window(row) for row in rows])
         self._over_output = _WindowPenalties([_over_output(row) for row in rows])
 
+    @property
+    def reads_histories(self) -> bool:
+        """True if any row has a penalty, which depends on its tokens."""
+        return bool(self._over_window.indices or self._over_output.indices)
+
     def __call__(
         self,
         logits: mx.array,
