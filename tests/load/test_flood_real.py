@@ -40,9 +40,10 @@ OPTIONS = [*LIMITS, ("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_p
 
 @pytest.fixture
 def child(tmp_path: Path) -> Iterator[Child]:
-    """A server with the demo model and no prefix cache: each prompt costs the same."""
+    """A server where equal requests take equal steps: no prefix cache and no drafts."""
     args = ["--model", str(MODEL), "--parallel", str(PARALLEL), "--max-queued", str(QUEUED)]
-    with running(tmp_path, *args, "--prefix-cache-bytes", "0") as server:
+    args += ["--prefix-cache-bytes", "0", "--draft-tokens", "0"]
+    with running(tmp_path, *args) as server:
         server.wait_for(lambda: server.status().state == pb.STATE_ACTIVE)
         yield server
 
