@@ -17,6 +17,7 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.mlx_backend import MlxBackend
 from runner_server.mlx_backend.constraints.matcher import GrammarMatcher
 from support.harness import Server, eventually, failure, joined, running, tokens
+from support.sweeps import sampled
 
 DEMO = Path(__file__).parents[2] / "runner_server/demo/model"
 SCHEMA = {
@@ -124,9 +125,10 @@ async def test_a_constraint_without_a_text_fails_in_the_stream(real: Server) -> 
     assert not (await real.status()).last_error
 
 
-async def test_cancelled_streams_leave_nothing(real: Server) -> None:
+@pytest.mark.parametrize("count", sampled([100, 1000], [100]))
+async def test_cancelled_streams_leave_nothing(real: Server, count: int) -> None:
     """The fixture checks for remains."""
-    draw = random.Random(2)  # noqa: S311 - reproducible
+    draw = random.Random(count)  # noqa: S311 - reproducible
 
     async def cancelled(number: int) -> None:
         call = real.start("x", constraint=KINDS[number % 5], num_predict=200, seed=number)
@@ -135,8 +137,8 @@ async def test_cancelled_streams_leave_nothing(real: Server) -> None:
                 return
         call.cancel()
 
-    for _ in range(10):
-        await asyncio.gather(*(cancelled(number) for number in range(10)))
+    for first in range(0, count, 10):
+        await asyncio.gather(*(cancelled(number) for number in range(first, first + 10)))
 
 
 async def test_an_unload_and_a_replaced_model_end_constrained_streams(
