@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -24,40 +25,47 @@ PROMISED_SECONDS = 5.0
 PROMPT = [7 * i % 2000 + 5 for i in range(900)]
 
 
-def idle(started: Ranks, _model: Path) -> grpc.Call | None:
+Wait = Callable[[], object]
+"""Waits for a call and returns its result.
+
+``result()`` of a stream would wait until the deadline if a message came before the error: gRPC ends
+a stream once all its messages are read.
+"""
+
+
+def idle(started: Ranks, _model: Path) -> Wait | None:
     """Leave the ranks without a model."""
     started.first.status()
     return None
 
 
-def loading(started: Ranks, model: Path) -> grpc.Call:
+def loading(started: Ranks, model: Path) -> Wait:
     """Start a load and return in the middle."""
     first = started.first
     call = first.stub.Load.future(pb.LoadRequest(model=str(model)), timeout=DEADLINE_SECONDS)
     first.wait_for(lambda: first.status().progress > 1)
-    return call
+    return call.result
 
 
-def prefill(started: Ranks, _model: Path) -> grpc.Call:
+def prefill(started: Ranks, _model: Path) -> Wait:
     """Start a completion and return in the middle of the prompt."""
     started.first.load(DEMO)
     request = completion(PROMPT, num_predict=100)
     call = started.first.stub.Completion(request, timeout=DEADLINE_SECONDS)
     assert next(call).HasField("prompt_progress")
-    return call
+    return partial(list, call)
 
 
-def decode(started: Ranks, _model: Path) -> grpc.Call:
+def decode(started: Ranks, _model: Path) -> Wait:
     """Start a completion and return after the first tokens."""
     started.first.load(DEMO)
     call = started.first.complete(900)
     while not next(call).token_ids:
         pass
-    assert isinstance(call, grpc.Call)
-    return call
+    return partial(list, call)
 
 
-Phase = Callable[[Ranks, Path], grpc.Call | None]
+Phase = Callable[[Ranks, Path], Wait | None]
 
 
 @pytest.mark.parametrize(
@@ -78,11 +86,11 @@ def test_the_death_of_one_rank_ends_all(
     tmp_path: Path, deep: Path, size: int, victim: int, phase: Phase
 ) -> None:
     with ranks(tmp_path, size) as started:
-        call = phase(started, deep)
+        wait = phase(started, deep)
         began = time.monotonic()
         started.processes[victim].kill()
-        if call is not None:
-            error = failure_of(call)
+        if wait is not None:
+            error = failure_of(wait)
             assert error.code() == grpc.StatusCode.UNAVAILABLE
             # After the death of rank 0 the caller sees only the broken connection.
             if victim:
@@ -101,9 +109,9 @@ def test_a_signal_to_any_rank_stops_all_in_order(
     tmp_path: Path, rank: int, number: signal.Signals
 ) -> None:
     with ranks(tmp_path, 2) as started:
-        call = decode(started, DEMO)
+        wait = decode(started, DEMO)
         started.processes[rank].send_signal(number)
-        assert problem_of(failure_of(call))[0] == "SHUTTING_DOWN"
+        assert problem_of(failure_of(wait))[0] == "SHUTTING_DOWN"
         assert started.wait() == [0, 0], started.log()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ Build = Callable[..., Path]
 def load_failure(first: Child, model: Path, **fields: Any) -> tuple[str, str]:
     """Return the reason and message of a failing load."""
     request = pb.LoadRequest(model=str(model), **fields)
-    return problem_of(failure_of(first.stub.Load.future(request, timeout=DEADLINE_SECONDS)))
+    return problem_of(failure_of(partial(first.stub.Load, request, timeout=DEADLINE_SECONDS)))
 
 
 def can_generate(first: Child) -> bool:

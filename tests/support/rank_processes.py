@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -109,14 +109,10 @@ def completion(prompt: str | Sequence[int], **options: Any) -> pb.CompletionRequ
     return request
 
 
-def failure_of(call: Any) -> Any:
-    """Return the error of a call, which must fail."""
+def failure_of(action: Callable[[], object]) -> Any:
+    """Return the error of an action, which must fail."""
     try:
-        if isinstance(call, grpc.Future):
-            call.result()
-        else:
-            for _ in call:
-                pass
+        action()
     except grpc.RpcError as error:
         return error
     raise AssertionError("the call succeeded")
