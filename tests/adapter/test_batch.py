@@ -16,6 +16,7 @@ from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import Sampling, Token
 from support.logprobs import assert_logprobs_close
 from support.rows import GREEDY, Row, run_alone, run_together
+from support.sweeps import diagonal, sampled
 from tools.local_batch import LocalBatch
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
@@ -62,8 +63,7 @@ def _alone(model: LoadedModel, rows: list[Row]) -> list[list[int]]:
     return [_CACHE[repr((row.prompt, row.count, row.sampling))] for row in rows]
 
 
-@pytest.mark.parametrize("spacing", [0, 1, 3])
-@pytest.mark.parametrize("samplings", [[GREEDY] * 8, MIXED], ids=["greedy", "mixed"])
+@pytest.mark.parametrize(("spacing", "samplings"), diagonal([0, 1, 3], [[GREEDY] * 8, MIXED]))
 def test_rows_generate_the_same_tokens_batched_as_alone(
     trained: LoadedModel, samplings: list[Sampling], spacing: int
 ) -> None:
@@ -106,7 +106,9 @@ def test_removing_rows_does_not_change_the_others(trained: LoadedModel) -> None:
     assert ids[:40] == expected
 
 
-@pytest.mark.parametrize("shape", ["llama", "qwen3", "gemma3", "lfm2", "mamba2"])
+@pytest.mark.parametrize(
+    "shape", sampled(["llama", "qwen3", "gemma3", "lfm2", "mamba2"], ["llama", "gemma3", "mamba2"])
+)
 def test_batched_log_probabilities_match_those_alone(
     load: Callable[..., LoadedModel], model_dir: Callable[..., Path], shape: str
 ) -> None:
@@ -236,8 +238,9 @@ def test_rows_preempted_at_every_step_continue_correctly(trained: LoadedModel, s
     assert [row.ids for row in rows] == expected
 
 
-@pytest.mark.parametrize("shape", ["llama", "gemma3", "lfm2", "mamba2"])
-@pytest.mark.parametrize("among", [1, 5])
+@pytest.mark.parametrize(
+    ("shape", "among"), diagonal(["llama", "gemma3", "lfm2", "mamba2"], [1, 5])
+)
 def test_a_preempted_row_keeps_its_log_probabilities(
     load: Callable[..., LoadedModel], model_dir: Callable[..., Path], shape: str, among: int
 ) -> None:

@@ -18,6 +18,7 @@ from runner_server.engine.types import Constraint, NoLegalToken, Sampling
 from runner_server.mlx_backend.sampling import constrained
 from support.models import VOCAB_SIZE
 from support.rows import GREEDY, Row, run_alone, run_together
+from support.sweeps import diagonal
 from tools.local_batch import LocalBatch
 
 PROMPT = list(b"once upon")
@@ -85,8 +86,7 @@ def assert_obeys(constraint: Constraint, content: str) -> None:
             assert content in constraint.texts
 
 
-@pytest.mark.parametrize("constraint", KINDS, ids=lambda each: each.kind)
-@pytest.mark.parametrize("sampling", range(len(SAMPLINGS)))
+@pytest.mark.parametrize(("constraint", "sampling"), diagonal(KINDS, range(len(SAMPLINGS))))
 def test_a_row_obeys_its_constraint_and_ends_by_itself(
     trained: LoadedModel, constraint: Constraint, sampling: int
 ) -> None:

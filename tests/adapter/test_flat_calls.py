@@ -188,7 +188,7 @@ async def read(renderer: ChatRenderer, form: str, text: str) -> tuple[ToolCall, 
     return part.tool_calls
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", sampled(FORMS, [*FORMS][::2]))
 async def test_all_texts_of_the_grammar_read_back_as_valid_calls(
     renderer: ChatRenderer, codec: FastCodec, form: str
 ) -> None:
@@ -321,8 +321,8 @@ def test_the_shape_of_a_schema_is_refused_by_its_place() -> None:
 @pytest.mark.mlx
 @pytest.mark.parametrize(
     "form",
-    # Beside JSON: calls like Python's, texts between quotes of their own, tags, marked tags.
-    sampled(["longcat", *FORMS], ["longcat", "pythonic", "gemma4", "qwen3_coder", "kimi_k3"]),
+    # Calls like Python's, texts between quotes of their own, marked tags.
+    sampled(["longcat", *FORMS], ["pythonic", "gemma4", "kimi_k3"]),
 )
 async def test_a_real_model_writes_valid_calls(
     socket_dir: Path, model_dir: Build, tmp_path: Path, form: str

@@ -15,6 +15,7 @@ from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.errors import InsufficientMemory, InvalidField, ModelNotFound
 from runner_server.mlx_backend import MlxBackend
 from support.rows import GREEDY, Row, run_alone
+from support.sweeps import diagonal
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
@@ -39,8 +40,7 @@ ON_CPU = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("dtype", [Dtype.AUTO, Dtype.AS_STORED])
+@pytest.mark.parametrize(("kind", "dtype"), diagonal(KINDS, [Dtype.AUTO, Dtype.AS_STORED]))
 def test_every_kind_of_model_loads_and_generates(
     load: Load, model_dir: Build, kind: dict[str, Any], dtype: Dtype
 ) -> None:

@@ -25,6 +25,7 @@ from support.prefix_bench import (  # noqa: E402
     Result,
     random_prompt,
 )
+from support.sweeps import sampled  # noqa: E402
 
 SHAPES = ["llama", "gemma3", "lfm2", "mamba2"]
 
@@ -123,7 +124,7 @@ class Schedule:
             self._was_preempted.add(row)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, "qwen3"])
+@pytest.mark.parametrize("shape", sampled([*SHAPES, "qwen3"], ["gemma3", "lfm2"]))
 @example(
     requests=[ScriptedRequest(0, 100, own, 6, 0, None, 2 if own == 1 else None) for own in range(4)]
     * 2,

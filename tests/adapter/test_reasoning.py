@@ -19,6 +19,7 @@ from support.chat_answers import HELLO, answer
 from support.chat_models import PADDED, TEMPLATE, add_chat, serving
 from support.harness import Server, StartServer, failure
 from support.models import VOCAB_SIZE
+from support.sweeps import diagonal, sampled
 
 pytestmark = [pytest.mark.mlx, pytest.mark.asyncio(loop_scope="module")]
 
@@ -33,7 +34,9 @@ SORTS: dict[str, tuple[list[str], bool]] = {
 }
 
 
-@pytest_asyncio.fixture(params=SORTS, scope="module", loop_scope="module")
+@pytest_asyncio.fixture(
+    params=sampled(SORTS, ["think", "several tokens"]), scope="module", loop_scope="module"
+)
 async def reasoning(
     request: pytest.FixtureRequest,
     module_socket_dir: Path,
@@ -48,8 +51,7 @@ async def reasoning(
         yield server
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("budget", [0, 1, 9])
+@pytest.mark.parametrize(("budget", "seed"), diagonal([0, 1, 9], range(3)))
 async def test_a_constraint_begins_after_the_reasoning(
     reasoning: Server, budget: int, seed: int
 ) -> None:

@@ -16,6 +16,7 @@ from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import Dtype, Sampling
 from support.logprobs import assert_logprobs_close
 from support.rows import GREEDY, Row, run_alone, run_rows, run_together
+from support.sweeps import diagonal
 from tools.local_batch import LocalBatch
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
@@ -146,8 +147,12 @@ def test_half_precision_rows_do_not_depend_on_their_neighbours_options(
     assert all(one == seen[0] for one in seen)
 
 
-@pytest.mark.parametrize("shape", ["llama", "gemma3", "mamba", "mamba2", "lfm2"])
-@pytest.mark.parametrize("lengths", [(40, 40, 40), (40, 33, 25), (40, 3, 39)])
+@pytest.mark.parametrize(
+    ("shape", "lengths"),
+    diagonal(
+        ["llama", "gemma3", "mamba", "mamba2", "lfm2"], [(40, 40, 40), (40, 33, 25), (40, 3, 39)]
+    ),
+)
 def test_prompts_prefilled_together_match_those_alone(
     load: Callable[..., LoadedModel],
     model_dir: Callable[..., Path],

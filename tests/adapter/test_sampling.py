@@ -19,6 +19,7 @@ from runner_server.mlx_backend.sampling.logprobs import token_logprobs  # noqa: 
 from runner_server.mlx_backend.sampling.noise import negative_gumbel  # noqa: E402
 from runner_server.mlx_backend.sampling.sampler import Sampler  # noqa: E402
 from runner_server.mlx_backend.sampling.selection import largest  # noqa: E402
+from support.sweeps import diagonal  # noqa: E402
 
 VOCAB = 50
 LARGE = 151_936
@@ -209,8 +210,7 @@ def test_rows_may_be_at_different_positions() -> None:
     assert drawn == [text[0], text[17], text[29]]
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("top_p", [0.5, 0.95])
+@pytest.mark.parametrize(("top_p", "half"), diagonal([0.5, 0.95], [False, True]))
 def test_top_p_alone_is_correct_in_a_large_vocabulary(top_p: float, half: bool) -> None:
     """Some hundred candidates suffice for top_p, unless a neighbour needs the whole vocabulary."""
     peaked, flat = _peaked(1), _flat(2)

@@ -298,6 +298,7 @@ def test_an_optional_token_without_an_id_is_logged(
 # -- large files -----------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_reading_a_large_file_takes_as_long_as_the_library_alone(tmp_path: Path) -> None:
     """A file like Gemma 3's takes 1.2 to 1.4 s of CPU; transformers took 9.4 s."""
     tokenizer_files.write_large_tokenizer(tmp_path)

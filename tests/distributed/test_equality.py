@@ -233,6 +233,7 @@ def test_three_ranks_generate_the_same_as_one_process(
     assert [tokens(call) for call in calls] == generated(alone, SHORT)
 
 
+@pytest.mark.exhaustive
 def test_three_ranks_split_layers(alone: Child, model_dir: Build, tmp_path: Path) -> None:
     # Four layers: one rank gets two.
     model = model_dir("llama", model_type="qwen2", num_hidden_layers=4)

@@ -20,7 +20,7 @@ from mlxrunner.v1 import runner_pb2_grpc
 from runner_common.contract import HEALTH_SERVICES
 from runner_common.handshake import ReadyLine
 from support.server_child import BREAK_STEPS, COMPUTE, DEADLINE_SECONDS, SLOW_LOAD, Child, running
-from support.sweeps import diagonal
+from support.sweeps import diagonal, sampled
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytestmark = pytest.mark.mlx
@@ -157,10 +157,13 @@ def test_a_second_signal_ends_the_server_at_once(tmp_path: Path, model_dir: Buil
         assert time.monotonic() - started < PROMISED_SECONDS
 
 
-def test_a_hanging_step_does_not_block_the_exit(tmp_path: Path, model_dir: Build) -> None:
+@pytest.mark.parametrize("times", sampled([1, 4], [1]))
+def test_a_hanging_step_does_not_block_the_exit(
+    tmp_path: Path, model_dir: Build, times: int
+) -> None:
     """The exit must not abort either, while a thread is still inside MLX."""
     code = BREAK_STEPS.format(what=COMPUTE)
-    for _ in range(4):
+    for _ in range(times):
         with running(tmp_path, code=code) as child:
             _hang(child, model_dir())
             child.process.send_signal(signal.SIGTERM)
@@ -185,7 +188,7 @@ def _hang(child: Child, model: Path) -> None:
     child.wait_for(lambda: child.status().running_count == 1)
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", sampled(PHASES, [_at_once, _decoding]))
 def test_a_server_exits_when_its_stdin_closes(tmp_path: Path, deep: Path, phase: Phase) -> None:
     code = SLOW_LOAD if phase is _loading else None
     with running(tmp_path, "--exit-with-parent", code=code) as child:

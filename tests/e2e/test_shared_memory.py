@@ -314,6 +314,7 @@ def test_a_model_falls_back_to_the_stored_format_only_if_allowed(
         assert group.oom_kills == 0
 
 
+@pytest.mark.exhaustive
 def test_default_prefix_caches_do_not_overcommit(much_kv: Path) -> None:
     """Three runners share the remaining memory for prefix caches and get many prompts each."""
     need = need_of(much_kv)

@@ -39,6 +39,7 @@ PROMISED_THREADS_A_CYCLE = 0.2
 after 60 cycles on a busy machine. A leak grows with each cycle."""
 
 
+@pytest.mark.exhaustive
 def test_repeated_loads_in_one_process_do_not_leak(
     model: str,
 ) -> None:
@@ -62,6 +63,7 @@ def test_repeated_loads_in_one_process_do_not_leak(
     assert last[2] - first[2] < MODEL_CYCLES * PROMISED_THREADS_A_CYCLE, seen
 
 
+@pytest.mark.exhaustive
 def test_repeated_processes_do_not_leak(model: str) -> None:
     # A process of its own: the heap of this one depends on the tests before this one.
     command = [sys.executable, process_cycles.__file__, model, str(3 + PROCESS_CYCLES)]

@@ -145,6 +145,7 @@ def _is_set(part: Message, path: FieldPath) -> bool:
     return any(_is_set(item, tuple(rest)) for item in items)
 
 
+@pytest.mark.exhaustive
 def test_the_generator_sets_every_field() -> None:
     """Check the generator itself: a property proves nothing about a field left unset.
 
