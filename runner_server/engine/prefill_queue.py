@@ -166,6 +166,8 @@ class PrefillQueue:
         self._texts: dict[int, TextJob] = {}
         # The rows of both, in order of arrival.
         self._order: dict[int, None] = {}
+        # The row whose prefix was copied from disk last.
+        self._promoted = -1
 
     def __len__(self) -> int:
         return len(self._order)
@@ -247,7 +249,7 @@ class PrefillQueue:
         first = self._look_up(prompt)
         prompt.position = first.position
         if prompt.is_on_disk:
-            return PromoteItem(prompt.row)
+            return self._promote(prompt)
         if prompt.needs_logits:
             count = min(count, self._limits.max_logits)
         starts = [first, *self._companions(first, count, is_alone=prompt.needs_logits)]
@@ -255,6 +257,16 @@ class PrefillQueue:
         return PrefillItem(
             tuple(start.chunk(count, needs_snapshot=needs_snapshot) for start in starts)
         )
+
+    def _promote(self, prompt: _Prompt) -> PromoteItem:
+        """Return the next copy of the prefix in transit, which may be another prompt's.
+
+        One prefix is copied to its end before the next. Reads of one end when another begins, so
+        that two prompts that take turns after each wait for a slow disk would both never end.
+        """
+        last = self._prompts.get(self._promoted, prompt)
+        self._promoted = last.row if last.is_on_disk else prompt.row
+        return PromoteItem(self._promoted)
 
     def record(
         self, item: PrefillItem | EmbedItem, report: WorkReport

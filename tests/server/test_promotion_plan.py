@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import groupby
 
 from runner_server.engine.types import CachePolicy, Prefill
 from runner_server.engine.work import DecodeItem, PrefillItem, PromoteItem
@@ -60,6 +61,19 @@ def test_a_second_prompt_takes_the_first_ones_copy_from_memory() -> None:
         machine.step()
     assert len(_promotions(machine)) == 160 // PART
     assert [machine.progress[row].cached for row in range(2)] == [160, 160]
+
+
+def test_prefixes_are_copied_one_after_another() -> None:
+    """A copy ends its reads when another one begins."""
+    machine = Machine()
+    for row, rest in enumerate((40, 2, 20)):
+        prompt = _prompt(300, row)
+        machine.on_disk.append(tuple(prompt))
+        machine.add(row, [*prompt, *_prompt(rest, row)])
+    while not all(machine.tokens.values()):
+        machine.step()
+    copied = [row for row, _ in groupby(_promotions(machine))]
+    assert sorted(copied) == [0, 1, 2]
 
 
 def test_running_streams_decode_while_a_long_prefix_is_copied() -> None:
