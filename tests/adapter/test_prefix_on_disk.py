@@ -14,6 +14,7 @@ import pytest
 
 from runner_server.engine.prefix_disk import BLOCK_TOKENS, PrefixDiskSettings
 from runner_server.engine.types import CachePolicy, LoadSpec, NotFinite, Sampling, Token
+from runner_server.errors import ShuttingDown
 from runner_server.mlx_backend import MlxBackend
 from support.prefix_bench import random_prompt
 from support.rows import GREEDY
@@ -38,6 +39,7 @@ class Loads:
     def __init__(self, backend: MlxBackend, directory: Path, budget: int = PLENTY) -> None:
         self._backend = backend
         self.settings = PrefixDiskSettings(directory, budget)
+        self.report: Callable[[int], None] = lambda _progress: None
 
     @contextmanager
     def load(self, path: Path, **spec: Any) -> Iterator[Any]:
@@ -45,7 +47,7 @@ class Loads:
         self._backend._disk = self.settings
         try:
             model = self._backend.load(
-                LoadSpec(str(path), **{"context_length": 2048, **spec}), lambda _progress: None
+                LoadSpec(str(path), **{"context_length": 2048, **spec}), self.report
             )
         finally:
             self._backend._disk = None
@@ -278,7 +280,8 @@ def test_the_digest_of_unchanged_files_is_remembered(
     with loads.load(path) as model:
         _run(model, prompt)
     monkeypatch.setattr(
-        "runner_server.mlx_backend.loading.model_digest.ModelFiles._compute", lambda _self: "0" * 64
+        "runner_server.mlx_backend.loading.model_digest.ModelFiles._compute",
+        lambda _self, _beat: "0" * 64,
     )
     with loads.load(path) as model:
         assert _run(model, prompt)[1] == WHOLE
@@ -286,6 +289,26 @@ def test_the_digest_of_unchanged_files_is_remembered(
     digest.write_text("damaged")
     with loads.load(path) as model:
         assert _run(model, prompt)[1] == 0
+
+
+def test_reading_the_files_is_progress_and_can_be_cancelled(
+    loads: Loads, model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part_bytes = 1 << 16
+    monkeypatch.setattr("runner_server.mlx_backend.loading.model_digest._PART_BYTES", part_bytes)
+    parts = (model_dir() / "model.safetensors").stat().st_size // part_bytes
+    seen: list[int] = []
+
+    def report(progress: int) -> None:
+        seen.append(progress)
+        if seen.count(99) == 3:
+            raise ShuttingDown("the load was cancelled")
+
+    loads.report = report
+    with pytest.raises(ShuttingDown), loads.load(model_dir()):
+        pass
+    assert parts > seen.count(99) == 3
+    assert not [*loads.settings.directory.glob("*.digest")]
 
 
 def test_a_model_with_prefixes_on_disk_is_freed(

@@ -98,9 +98,10 @@ def load(
         info = replace(info, completes=directory.configuration.has_output_layer)
         model = MlxModel(built.model, codec, info, plan, shard, directory)
         _try(model, plan)
-        report(100)
+        report(99)
         if prefix_disk:
-            prefix_disk.attach(model, built.model, plan)
+            # Last, because a fault after it would leave the threads of the disk behind.
+            prefix_disk.attach(model, built.model, plan, lambda: report(99))
     _log(model.info)
     return model
 

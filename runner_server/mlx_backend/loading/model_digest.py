@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import re
 import secrets
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,18 +42,19 @@ class ModelFiles:
         self._files = (*(file for file in present if file.exists()), *directory.weight_files)
         self._identity = self._identify()
 
-    def digest(self, remembered_in: Path) -> str | None:
+    def digest(self, remembered_in: Path, beat: Callable[[], object]) -> str | None:
         """Return the digest of the files' content.
 
         Args:
             remembered_in: Private folder with the digests of earlier calls.
+            beat: Called after each part of a file that is read; an exception ends the reading.
 
         Returns:
             None if a file was changed since the creation of this object.
         """
         name = hashlib.sha256(self._identity.encode()).hexdigest()
         memory = remembered_in / f"{name[:32]}.digest"
-        digest = _read(memory) or self._compute()
+        digest = _read(memory) or self._compute(beat)
         if self._identify() != self._identity:
             return None
         _remember(memory, digest)
@@ -61,7 +63,7 @@ class ModelFiles:
     def _identify(self) -> str:
         return repr([_identity(file) for file in self._files])
 
-    def _compute(self) -> str:
+    def _compute(self, beat: Callable[[], object]) -> str:
         whole = hashlib.sha256()
         with ThreadPoolExecutor(min(usable_cores().count, _MOST_THREADS)) as pool:
             for file in self._files:
@@ -70,6 +72,7 @@ class ModelFiles:
                 starts = range(0, size, _PART_BYTES)
                 for part in pool.map(_digest_part, [file] * len(starts), starts):
                     whole.update(part)
+                    beat()
         return whole.hexdigest()
 
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+from collections.abc import Callable
 
 from mlx.nn.layers.base import Module
 
@@ -14,6 +15,7 @@ from runner_common.units import format_bytes
 from runner_server import __version__
 from runner_server.engine.prefix_disk import BUFFERED_BLOCKS, BlockStore, PrefixDiskSettings
 from runner_server.engine.prefix_disk.block_files import FORMAT_VERSION, HEADER_BYTES
+from runner_server.errors import RunnerFault
 from runner_server.host.private_folder import private_folder
 from runner_server.mlx_backend.cache.blocks import BlockCodec
 from runner_server.mlx_backend.cache.row_caches import CachePieces
@@ -44,16 +46,24 @@ class PrefixDisk:
         self._directory = directory
         self._files = ModelFiles(directory)
 
-    def attach(self, model: MlxModel, module: Module, plan: Plan) -> None:
+    def attach(
+        self, model: MlxModel, module: Module, plan: Plan, beat: Callable[[], object]
+    ) -> None:
         """Open the directory for a model, or add the reason to the model's warnings.
 
         Args:
             model: The loaded model.
             module: The same model, with its weights in memory.
             plan: The plan of its load.
+            beat: Called while the files are read, which takes minutes for the largest models.
+
+        Raises:
+            RunnerFault: ``beat`` raised it, because the load was cancelled.
         """
         try:
-            model.use_disk(*self._open(module, model.info.prefix_cache_bytes, plan))
+            model.use_disk(*self._open(module, model.info.prefix_cache_bytes, plan, beat))
+        except RunnerFault:
+            raise
         except (_UnusableError, OSError) as why:
             self._refuse(model, str(why))
         except Exception as error:
@@ -68,7 +78,7 @@ class PrefixDisk:
         model.warn(warning)
 
     def _open(
-        self, module: Module, memory_bytes: int, plan: Plan
+        self, module: Module, memory_bytes: int, plan: Plan, beat: Callable[[], object]
     ) -> tuple[BlockCodec, BlockStore, bytes]:
         pieces = CachePieces.of(module)
         if kinds := pieces.uncuttable:
@@ -86,7 +96,7 @@ class PrefixDisk:
                 f"{format_bytes(codec.block_bytes)} of one block"
             )
         folder = private_folder(self._settings.directory)
-        digest = self._files.digest(folder)
+        digest = self._files.digest(folder, beat)
         if digest is None:
             raise _UnusableError("the model's files were changed during the load")
         key = self._key(digest, codec, plan)
