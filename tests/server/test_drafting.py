@@ -100,3 +100,23 @@ def test_without_drafts_no_text_is_kept() -> None:
     for _ in range(5):
         drafting.record_alone(0, 0, 1, STEP_SECONDS)
     assert drafting.draft(0) == ()
+
+
+def test_one_draft_that_was_held_up_does_not_end_drafts_for_good() -> None:
+    """As by a machine that was suspended."""
+    source = _random_text(400, 10_000, 8)
+    drafting = Drafting(MOST)
+    for _ in range(2):
+        drafting.record_alone(-1, 0, 1, STEP_SECONDS)
+    drafting.add(0, source, 400)
+    drafting.record({0: source[:3]})
+    assert drafting.draft(0) == tuple(source[3:5])
+    drafting.record_alone(0, 2, 1, 3600.0)
+    drafting.remove(0)
+    drafting.add(1, source, 400)
+    drafts = []
+    for token in source[:-1]:
+        drafting.record({1: [token]})
+        drafting.record_alone(1, 0, 1, STEP_SECONDS)
+        drafts.append(drafting.draft(1))
+    assert any(drafts)

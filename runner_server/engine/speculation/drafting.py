@@ -17,6 +17,11 @@ _FEWEST = 2
 _FIRST_COST = 0.5
 """Cost of a drafted token before any is measured, in steps: the first draft has two tokens."""
 
+_LEAST_COST, _MOST_COST = 1 / 64, _MOST_CREDIT / _FEWEST
+"""Bounds of the cost of a drafted token, in steps. The upper one is that of a draft which takes all
+credit: with more, after a draft that was held up (by a suspended machine, for example), no row
+would ever draft again, and so never find out that the cost is lower."""
+
 _DECAY = 0.8
 """Weight of the past in the measured durations."""
 
@@ -68,8 +73,8 @@ class _Pace:
 
     def add_draft(self, drafted: int, steps: float) -> None:
         """Record a step with a draft, which took as long as ``steps`` others."""
-        cost = max(0.0, steps - 1) / drafted
-        self.cost = _DECAY * self.cost + (1 - _DECAY) * max(cost, 1 / 64)
+        cost = min(max((steps - 1) / drafted, _LEAST_COST), _MOST_COST)
+        self.cost = _DECAY * self.cost + (1 - _DECAY) * cost
 
 
 @dataclass
