@@ -73,11 +73,13 @@ async def test_the_kv_figures_are_those_of_the_model(
     real: Server, model_dir: Build, shape: str
 ) -> None:
     """A window and a recurrent state count in sequences of full length."""
-    await real.load(str(model_dir(shape)), context_length=64, parallel=3)
-    assert (await real.status()).kv_token_capacity == 3 * 64
-    call = real.start("abcdef", num_predict=50, temperature=0)
+    await real.load(str(model_dir(shape)), context_length=1024, parallel=3)
+    assert (await real.status()).kv_token_capacity == 3 * 1024
+    # A text that hardly repeats itself, because drafts could end it before the status.
+    varied: dict[str, Any] = {"temperature": 2, "top_k": 0, "logit_bias": {0: -100}}
+    call = real.start("abcdef", num_predict=1000, **varied)
     await anext(aiter(call))
-    assert 0 < (await real.status()).kv_token_count < 64
+    assert 0 < (await real.status()).kv_token_count < 1024
     call.cancel()
     await eventually(lambda: not real.view.requests)
     assert (await real.status()).kv_token_count == 0

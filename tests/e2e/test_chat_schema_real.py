@@ -36,7 +36,9 @@ SCHEMA = {
     "required": ["word", "sizes"],
     "additionalProperties": False,
 }
-ENDLESS = {"type": "string", "pattern": "^x{5000}$"}
+ENDLESS = {"type": "string", "pattern": "^xx[a-z ]{5000}$"}
+VARIED = ("--temperature", "2")
+"""Options of an answer whose text repeats too little to be drafted."""
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ def test_an_interrupted_answer_leaves_a_conversation_that_goes_on(
     runner: RunnerProcess, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, runner.token or "")
-    with in_terminal(command(runner, file, ENDLESS)) as terminal:
+    with in_terminal(command(runner, file, ENDLESS, *VARIED)) as terminal:
         terminal.read_until(PROMPT)
         for _ in range(2):
             terminal.send("go\n")
@@ -133,7 +135,7 @@ def test_a_killed_runner_ends_the_program_with_its_error(
 ) -> None:
     with RunnerProcess(runner.model_path) as victim:
         monkeypatch.setenv(TOKEN_VARIABLE, victim.token or "")
-        with in_terminal(command(victim, file, ENDLESS)) as terminal:
+        with in_terminal(command(victim, file, ENDLESS, *VARIED)) as terminal:
             terminal.read_until(PROMPT)
             terminal.send("go\n")
             terminal.read_until('"xx')

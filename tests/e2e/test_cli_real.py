@@ -33,8 +33,11 @@ GONE_SECONDS = 10.0
 FULL = {"MLX_RUNNER_GPU_OVERHEAD": str(2**50)}
 """Environment in which every machine has too little memory."""
 
-LONG = ("run", MODEL, "import os\nimport sys\n", "--temperature", "0", "--context-length", "1024")
-"""Command that generates text for some seconds."""
+LONG = (
+    *("run", MODEL, "import os\nimport sys\n", "--context-length", "1024"),
+    *("--temperature", "1.5", "--top-k", "0", "--top-p", "1", "--seed", "2"),
+)
+"""Command that generates text for some seconds, which repeats too little to be drafted."""
 
 # Runs a command in a pseudo-terminal, to which the test sends keys.
 IN_A_TERMINAL = (
