@@ -7,7 +7,6 @@ layer. Pipeline parallelism (``model.pipeline``) splits the layers, so that a ra
 from __future__ import annotations
 
 import faulthandler
-import importlib.metadata
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,8 +61,10 @@ class Group:
 
 def traits(*versions: str) -> list[str]:
     """Return versions and the kind of device, which must be the same on all ranks."""
+    from importlib import metadata  # noqa: PLC0415 - slow, and most servers have one rank
+
     kind = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
-    return [*versions, f"mlx {importlib.metadata.version('mlx')}", kind]
+    return [*versions, f"mlx {metadata.version('mlx')}", kind]
 
 
 class Partners(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 from collections.abc import Callable
@@ -109,6 +108,8 @@ class PrefixDisk:
         of device because its rounding differs; and with scaled rotary embeddings the context,
         which selects the factors of LongRoPE.
         """
+        from importlib import metadata  # noqa: PLC0415 - slow, and few servers have a disk cache
+
         is_scaled = "rope_scaling" in text_part(self._directory.configuration.values)
         parts = {
             "format": FORMAT_VERSION,
@@ -118,7 +119,7 @@ class PrefixDisk:
             "context": plan.context_length if is_scaled else None,
             "device": device_kind(),
             "runner": __version__,
-            "mlx": importlib.metadata.version("mlx"),
-            "mlx-lm": importlib.metadata.version("mlx-lm"),
+            "mlx": metadata.version("mlx"),
+            "mlx-lm": metadata.version("mlx-lm"),
         }
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=32).digest()
