@@ -16,13 +16,14 @@ from bench.measures import (
     growth,
     limits,
     memory,
+    open_loop,
     prefix,
     quantized,
     start,
 )
 from bench.models import DEMO
-from bench.results import Results
-from bench.stats import summarize
+from bench.results import Case, Results
+from bench.stats import percentile, summarize
 from bench.targets import ratio
 
 
@@ -166,6 +167,29 @@ def _drafts(results: Results) -> str:
     return tables.markdown(["", "without", "with drafts", "ratio"], rows)
 
 
+def _open_loop(results: Results) -> str:
+    percents = (50, 95, 99)
+    heads = {"ttft_seconds": "first token", "token_seconds": "per token"}
+    rows = []
+    for name in results.contenders(open_loop.MEASURE, open_loop.MODEL):
+
+        def values(metric: str, case: Case, name: str = name) -> list[float]:
+            return results.values(open_loop.MEASURE, open_loop.MODEL, name, metric, case)
+
+        for share in open_loop.SHARES:
+            rate = share / 100 * statistics.median(values("capacity", "all"))
+            cells = [
+                tables.duration(percentile(measured, percent))
+                for metric in heads
+                if (measured := values(metric, share))
+                for percent in percents
+            ]
+            if cells:
+                rows.append([f"{name}, {share} %", tables.figure(rate), *cells])
+    titles = [f"{what}, p{percent}" for what in heads.values() for percent in percents]
+    return tables.markdown(["", "requests/s", *titles], rows)
+
+
 def _if_measured(measure: str, render: Callable[[Results], str]) -> Callable[[Results], str]:
     return lambda results: render(results) if results.models(measure) else ""
 
@@ -220,6 +244,16 @@ SECTIONS = (
                 results, "start", start.MODEL, "start_seconds", {1: "start to first token"}
             ),
         ),
+    ),
+    Section(
+        "Requests at random",
+        f"{open_loop.MODEL}: requests arrive at random (Poisson), at shares of the rate that the "
+        f"contender reaches with {open_loop.CAPACITY_REQUESTS} requests at once. Each has "
+        f"{open_loop.PROMPT_TOKENS} prompt tokens, of which {open_loop.PREFIX_TOKENS} are one of "
+        f"{open_loop.PREFIXES} prefixes that return, and generates {open_loop.MAX_TOKENS} tokens. "
+        "The time per token is that of a whole stream after the first token, divided by its "
+        "tokens.",
+        _if_measured(open_loop.MEASURE, _open_loop),
     ),
     Section(
         "Memory",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import statistics
 import time
 
 import pytest
 
 from bench.load import drive, poll
+from bench.measures.open_loop import at_random
 from bench.records import ContenderError, Prompt, Record, Request
 
 _PROMPT = Prompt(" a", (1,))
@@ -96,3 +99,15 @@ async def test_poll_returns_every_call_once_cancelled() -> None:
     answers = await task
     assert len(answers) >= 3
     assert all(latency >= 0 for _, latency in answers)
+
+
+def test_requests_at_random_keep_their_pattern_at_every_rate() -> None:
+    requests = [Request(_PROMPT, 4) for _ in range(2000)]
+    slow, fast = (at_random(requests, rate, seed=3) for rate in (2.0, 20.0))
+    times = [request.delay_seconds for request in slow]
+    assert [round(10 * request.delay_seconds, 9) for request in fast] == pytest.approx(times)
+    gaps = [after - before for before, after in itertools.pairwise([0.0, *times])]
+    # Those of a Poisson process have a standard deviation equal to their mean.
+    assert statistics.mean(gaps) == pytest.approx(0.5, rel=0.1)
+    assert statistics.stdev(gaps) == pytest.approx(0.5, rel=0.1)
+    assert times == sorted(times)

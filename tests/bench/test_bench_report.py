@@ -148,3 +148,18 @@ def test_the_report_names_machine_figures_and_failures() -> None:
     ):
         assert words in report
     assert "## Memory" not in report
+
+
+def test_requests_at_random_have_a_row_for_each_share_of_the_capacity() -> None:
+    measured = [
+        ("open-loop", "llama-1m", "ours", "capacity", "all", [38.0, 40.0, 42.0]),
+        *(
+            ("open-loop", "llama-1m", "ours", metric, share, [0.001 * n for n in range(1, 101)])
+            for metric in ("ttft_seconds", "token_seconds")
+            for share in (50, 80, 95)
+        ),
+    ]
+    text = render(_results(*measured), [], ".", 3)
+    percentiles = "50 ms | 95 ms | 99 ms"
+    assert f"| ours, 50 % | 20 | {percentiles} | {percentiles} |" in text
+    assert "| ours, 95 % | 38 |" in text
