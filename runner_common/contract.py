@@ -218,7 +218,7 @@ ERRORS = (
         "ABORTED",
         "ABORTED",
         "RequestAbortedError",
-        "the completion was ended by `Abort`, or by a `Drain` whose timeout passed",
+        "the request was ended by `Abort`, or by a `Drain` whose timeout passed",
         "do not retry it automatically",
     ),
     ErrorRule(

@@ -193,7 +193,7 @@ class Aborted(RunnerFault, reason="ABORTED"):
     """
 
     def __init__(self, by: str) -> None:
-        super().__init__(f"the completion was ended by {by}; do not retry it automatically")
+        super().__init__(f"the request was ended by {by}; do not retry it automatically")
 
 
 class PermissionDenied(RunnerFault, reason="PERMISSION_DENIED"):

@@ -42,5 +42,5 @@ class FakeCall:
         """Wait, but end the call if cancelled by the client or aborted meanwhile."""
         if self._ended.wait(None if seconds == math.inf else seconds):
             if self._is_aborted:
-                Failure("ABORTED", "the completion was ended by an Abort").abort(self._context)
+                Failure("ABORTED", "the request was ended by an Abort").abort(self._context)
             self._context.abort(grpc.StatusCode.CANCELLED, "the client gave up")

@@ -34,7 +34,7 @@ async def test_a_decoding_completion_ends_and_frees_its_row(loaded: Server) -> N
     assert await anext(aiter(call))
     assert await abort(loaded, "one") == 1
     problem = await end_of(call)
-    assert problem.message == "the completion was ended by an Abort; do not retry it automatically"
+    assert problem.message == "the request was ended by an Abort; do not retry it automatically"
     await loaded.settled()
     await loaded.assert_nothing_left()
     assert (await loaded.status()).last_error == ""

@@ -62,7 +62,7 @@ class PooledCompletion:
         if self.is_waiting and self._task is not None:
             self._task.uncancel()
         return RequestAbortedError(
-            f"the completion was ended by {self.aborted_by}; do not retry it automatically"
+            f"the request was ended by {self.aborted_by}; do not retry it automatically"
         )
 
 
