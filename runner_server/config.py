@@ -123,6 +123,9 @@ def _prefix_disk(
         inherited = variable_bytes(os.environ, PREFIX_CACHE_DISK_VARIABLE)
     except VariableError as error:
         parser.error(str(error))
+    if inherited == 0:
+        advice = f"leave out --prefix-cache-dir and {PREFIX_CACHE_DIR_VARIABLE} to keep nothing"
+        parser.error(f"{PREFIX_CACHE_DISK_VARIABLE} is 0; {advice}")
     budget_bytes = budget_bytes or inherited or DEFAULT_PREFIX_CACHE_DISK_BYTES
     return PrefixDiskSettings(Path(directory).absolute(), budget_bytes)
 

@@ -53,6 +53,7 @@ def test_options_come_before_the_environment(
         (["--prefix-cache-disk", "1GiB"], {}, "--prefix-cache-disk needs --prefix-cache-dir"),
         (["--prefix-cache-dir", "/a", "--prefix-cache-disk", "0"], {}, "0 is not in the range"),
         ([], {DIR: "/a", DISK: "much"}, f"{DISK} is 'much'"),
+        ([], {DIR: "/a", DISK: "0"}, f"{DISK} is 0; leave out --prefix-cache-dir"),
         (["--prefix-cache-dir", "/a", "--distributed"], {}, "cannot be used with --distributed"),
         (["--distributed"], {DIR: "/a"}, "cannot be used with --distributed"),
     ],
