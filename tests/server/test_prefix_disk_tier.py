@@ -347,8 +347,13 @@ def test_a_disk_that_hangs_is_given_up(start: Start, monkeypatch: pytest.MonkeyP
     assert second.disk.promote(0, prompt, "", 0)
     monkeypatch.setattr(tier_module, "_PATIENCE_SECONDS", 0.0)
     assert not second.disk.promote(0, prompt, "", 0)
+    # The next prompt does not wait as long.
+    monkeypatch.setattr(tier_module, "_PATIENCE_SECONDS", 5.0)
+    assert second.disk.find(prompt, "") == 0
+    assert not second.disk.promote(1, prompt, "", 0)
     goes_on.set()
     second.disk.end(0)
+    monkeypatch.setattr(second.disk, "_paused_until", 0.0)
     assert second.promote(prompt) == _blocks(2)
 
 

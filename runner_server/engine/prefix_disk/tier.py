@@ -37,6 +37,10 @@ BUFFERED_TOKENS = BUFFERED_BLOCKS * BLOCK_TOKENS
 _PATIENCE_SECONDS = 5.0
 """Longest wait for one block, after which the prompt is evaluated."""
 
+_PAUSE_SECONDS = 60.0
+"""Time without reads after one that took longer, so that not every prompt waits for a disk that
+hangs."""
+
 _MOST_WAITING = 256
 """Most sequences that wait to be written; the oldest are dropped."""
 
@@ -112,6 +116,7 @@ class DiskTier(Generic[S, T]):
         self._model_key = model_key
         self._waiting: dict[int, _Waiting] = {}
         self._promotion: _Promotion | None = None
+        self._paused_until = 0.0
 
     # -- writing -----------------------------------------------------------------
 
@@ -206,8 +211,8 @@ class DiskTier(Generic[S, T]):
     # -- reading -----------------------------------------------------------------
 
     def find(self, tokens: Sequence[int], salt: str) -> int:
-        """Return the number of leading tokens of a prompt on disk."""
-        if len(tokens) < BLOCK_TOKENS:
+        """Return the number of leading tokens of a prompt on disk; 0 while the disk hangs."""
+        if len(tokens) < BLOCK_TOKENS or self._is_paused:
             return 0
         return BLOCK_TOKENS * len(self._stored_names(array("i", tokens), salt))
 
@@ -221,8 +226,10 @@ class DiskTier(Generic[S, T]):
             wait_seconds: Longest wait for the disk; the next call goes on waiting.
 
         Returns:
-            False when the prompt has no further block, or memory no room for it.
+            False when the prompt has no further block, or memory no room for it, or the disk hangs.
         """
+        if self._is_paused:
+            return False
         if self._promotion is None or self._promotion.row != row:
             self._stop_promotion()
             self._promotion = self._begin(row, array("i", tokens), salt)
@@ -230,6 +237,10 @@ class DiskTier(Generic[S, T]):
         if not is_unfinished:
             self._stop_promotion()
         return is_unfinished
+
+    @property
+    def _is_paused(self) -> bool:
+        return time.monotonic() < self._paused_until
 
     def _begin(self, row: int, tokens: array[int], salt: str) -> _Promotion:
         held = self._cache.match(tokens, salt).usable
@@ -251,7 +262,11 @@ class DiskTier(Generic[S, T]):
         try:
             payload = read.block.result(wait_seconds)
         except TimeoutError:
-            return time.monotonic() - read.began < _PATIENCE_SECONDS
+            now = time.monotonic()
+            if now - read.began < _PATIENCE_SECONDS:
+                return True
+            self._paused_until = now + _PAUSE_SECONDS
+            return False
         promotion.reads.popleft()
         if payload is None or not self._insert(promotion, payload):
             return False
