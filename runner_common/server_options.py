@@ -145,6 +145,13 @@ def _directory(text: str) -> Path:
     return path.resolve()
 
 
+def _new_directory(text: str) -> Path:
+    # Of a variable that is not set, and Path would make the current directory of it.
+    if not text:
+        raise ValueError("expected a directory, not an empty text")
+    return Path(text)
+
+
 SERVER_OPTIONS = (
     ServerOption(
         ("--listen",),
@@ -205,7 +212,7 @@ SERVER_OPTIONS = (
         "if necessary. Several servers may share it. Its files reveal prompts and texts.  "
         f"[default: {PREFIX_CACHE_DIR_VARIABLE} if set, otherwise none]",
         metavar="DIR",
-        read=Path,
+        read=_new_directory,
     ),
     ServerOption(
         ("--prefix-cache-disk", "--prefix-cache-disk-bytes"),

@@ -50,6 +50,7 @@ def test_options_come_before_the_environment(
 @pytest.mark.parametrize(
     ("arguments", "variables", "text"),
     [
+        (["--prefix-cache-dir", ""], {}, "expected a directory, not an empty text"),
         (["--prefix-cache-disk", "1GiB"], {}, "--prefix-cache-disk needs --prefix-cache-dir"),
         (["--prefix-cache-dir", "/a", "--prefix-cache-disk", "0"], {}, "0 is not in the range"),
         ([], {DIR: "/a", DISK: "much"}, f"{DISK} is 'much'"),
