@@ -58,6 +58,7 @@ class LoadSpec:
             share of the memory of all sequences.
         memory_override: Load the model even if it does not fit.
         allow_inexact: Load the model even if it cannot be computed exactly as its files say.
+        kv_bits: Bits of a number in the KV caches; 0 = the format of the weights.
     """
 
     model: str
@@ -68,6 +69,7 @@ class LoadSpec:
     prefix_cache_bytes: int | None = None
     memory_override: bool = False
     allow_inexact: bool = False
+    kv_bits: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class ModelInfo:
         takes_constraints: Whether texts can be constrained; see ``LoadedModel.grammars``.
         completes: Whether the model has an output layer, without which it only embeds texts.
         embedding: Whether and how the model embeds texts.
+        kv_bits: Bits of a number in the KV caches; 0 = the format of the weights.
     """
 
     name: str
@@ -111,6 +114,7 @@ class ModelInfo:
     takes_constraints: bool = False
     completes: bool = True
     embedding: EmbeddingInfo = field(default_factory=EmbeddingInfo)
+    kv_bits: int = 0
 
 
 TOOL_CALLS = "tool_calls"

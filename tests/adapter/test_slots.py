@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
+from runner_server.mlx_backend.cache.quantized import QuantizedCache  # noqa: E402
 from runner_server.mlx_backend.cache.row_caches import keep  # noqa: E402
-from runner_server.mlx_backend.cache.slots import SlotCache  # noqa: E402
+from runner_server.mlx_backend.cache.slots import QuantizedSlotCache, SlotCache  # noqa: E402
 from runner_server.mlx_backend.upstream.names import KVCache  # noqa: E402
 
-HEADS, SIZE = 2, 3
+HEADS, SIZE = 2, 32
 
 _moves = st.lists(
     st.one_of(
@@ -26,9 +27,9 @@ _moves = st.lists(
 )
 
 
-def fresh(length: int, name: int) -> Any:
+def fresh(length: int, name: int, bits: int = 0) -> Any:
     """Make a row's cache whose values identify the row and the token."""
-    row = KVCache()
+    row = QuantizedCache(SIZE, bits) if bits else KVCache()
     if length:
         row.update_and_fetch(*content(name, 0, length))
     return row
@@ -48,7 +49,7 @@ def check(cache: SlotCache, rows: list[tuple[int, int]]) -> None:
         return
     held = cache.keys_and_values()
     assert held
-    keys, values = held
+    keys, values = numbers(cache, held)
     assert keys.shape == (len(rows), HEADS, max(length for _, length in rows), SIZE)
     assert mx.isfinite(keys).all()
     for slot, (name, length) in enumerate(rows):
@@ -61,22 +62,31 @@ def check(cache: SlotCache, rows: list[tuple[int, int]]) -> None:
         alone = cache.extract(slot)
         assert alone.offset == length
         if length:
-            assert mx.array_equal(alone.keys, expected)
+            assert mx.array_equal(numbers(cache, alone.keys_and_values())[0], expected)
 
 
-@settings(max_examples=60, deadline=None)
+def numbers(cache: SlotCache, held: Any) -> Any:
+    """Return keys and values as numbers, which are whole ones before they are quantized."""
+    if not isinstance(cache, QuantizedSlotCache):
+        return held
+    return [mx.round(mx.dequantize(*parts, SIZE, cache.bits)) for parts in held]
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@settings(max_examples=30, deadline=None)
 @given(first=st.lists(st.integers(0, 300), min_size=2, max_size=4), moves=_moves)
 def test_rows_are_added_extended_and_removed(
-    first: list[int], moves: list[tuple[str, Any]]
+    bits: int, first: list[int], moves: list[tuple[str, Any]]
 ) -> None:
     rows = list(enumerate(first))
     names = iter(range(len(first), 100))
-    cache = SlotCache([fresh(length, name) for name, length in rows], 3)
+    new = QuantizedSlotCache if bits else SlotCache
+    cache: Any = new([fresh(length, name, bits) for name, length in rows], 3)
     check(cache, rows)
     for kind, value in moves:
         if kind == "add":
             added = [(next(names), length) for length in value]
-            cache.add([fresh(length, name) for name, length in added], len(rows) + 5)
+            cache.add([fresh(length, name, bits) for name, length in added], len(rows) + 5)
             rows += added
         elif kind == "step":
             for _ in range(value):

@@ -15,7 +15,7 @@ from runner_server.mlx_backend.cache.row_caches import CachePieces, Segment
 
 @dataclass(frozen=True)
 class _Part:
-    """The keys or the values of a layer.
+    """An array of a layer: its keys or its values, or a part of them if they are quantized.
 
     Attributes:
         heads: Number of heads.
@@ -52,9 +52,7 @@ class BlockCodec:
         model(mx.array([[0]]), cache=caches)
         segment = pieces.segment(caches, 0, 1)
         self._pieces = pieces
-        self._layers = [
-            None if pair is None else (_Part.of(pair[0]), _Part.of(pair[1])) for pair in segment
-        ]
+        self._layers = [None if parts is None else tuple(map(_Part.of, parts)) for parts in segment]
 
     @property
     def layout(self) -> str:
@@ -77,9 +75,9 @@ class BlockCodec:
         """Return the bytes of consecutive segments; None if not all numbers are finite."""
         arrays = [
             mx.contiguous(mx.concatenate(list(side), axis=2))
-            for pairs in zip(*segments, strict=True)
-            if pairs[0] is not None
-            for side in zip(*[pair for pair in pairs if pair], strict=True)
+            for layer in zip(*segments, strict=True)
+            if layer[0] is not None
+            for side in zip(*[parts for parts in layer if parts], strict=True)
         ]
         # The maximum is not a number if any is not, in one pass over the numbers.
         most = mx.stack([mx.max(mx.abs(value)).astype(mx.float32) for value in arrays])
@@ -94,9 +92,11 @@ class BlockCodec:
         """Return the segment with these bytes, which are :attr:`block_bytes` long."""
         # One copy of all bytes, which the arrays of the layers share: they are freed together.
         whole = mx.array(cast("Any", memoryview(payload)))
-        parts = self._arrays(whole)
-        segment = [layer and (next(parts), next(parts)) for layer in self._layers]
-        mx.eval([pair for pair in segment if pair])
+        arrays = self._arrays(whole)
+        segment = [
+            None if layer is None else tuple(next(arrays) for _ in layer) for layer in self._layers
+        ]
+        mx.eval([layer for layer in segment if layer])
         return segment
 
     def _arrays(self, whole: mx.array) -> Iterator[mx.array]:

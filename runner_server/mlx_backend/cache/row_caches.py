@@ -17,13 +17,13 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten, tree_map
 
 from runner_server.mlx_backend.arrays import copied
-from runner_server.mlx_backend.cache.slots import SlotCache
+from runner_server.mlx_backend.cache.quantized import Parts, QuantizedCache, fill, parts_of
+from runner_server.mlx_backend.cache.slots import QuantizedSlotCache, SlotCache
 from runner_server.mlx_backend.upstream.names import KVCache, RotatingKVCache, make_prompt_cache
 
 Caches = list[Any]
-Pair = tuple[mx.array, mx.array]
 
-Segment = list[Pair | None]
+Segment = list[Parts | None]
 """Keys and values of each layer that can be cut; None for a layer without attention, whose cache
 stays empty."""
 
@@ -40,10 +40,15 @@ def merge(rows: Sequence[Caches], capacity: int) -> Caches:
         rows: The caches of each row.
         capacity: Number of slots to allocate, if larger than the number of rows.
     """
-    return [
-        SlotCache(layers, capacity) if _is_plain(layers[0]) else side_by_side(layers)
-        for layers in zip(*rows, strict=True)
-    ]
+    return [_merged(layers, capacity) for layers in zip(*rows, strict=True)]
+
+
+def _merged(layers: Sequence[Any], capacity: int) -> Any:
+    if type(layers[0]) is KVCache:
+        return SlotCache(layers, capacity)
+    if type(layers[0]) is QuantizedCache:
+        return QuantizedSlotCache(layers, capacity)
+    return side_by_side(layers)
 
 
 def extend(batch: Caches, rows: Sequence[Caches], capacity: int) -> None:
@@ -111,7 +116,8 @@ def extract(batch: Caches, slot: int) -> Caches:
 
 def _extracted(layer: Any, slot: int) -> Any:
     # mlx_lm's batched cache cannot extract from a layer without attention, which is empty.
-    if not isinstance(layer, SlotCache) and getattr(layer, "keys", layer) is None:
+    is_own = isinstance(layer, SlotCache | QuantizedCache)
+    if not is_own and getattr(layer, "keys", layer) is None:
         return KVCache()
     return layer.extract(slot)
 
@@ -193,8 +199,8 @@ class CachePieces:
         caches = make_prompt_cache(model)
         return cls(
             new=lambda: make_prompt_cache(model),
-            cut_layers=tuple(_is_plain(cache) for cache in caches),
-            can_pad=all(type(cache) in (KVCache, RotatingKVCache) for cache in caches),
+            cut_layers=tuple(_can_be_cut(cache) for cache in caches),
+            can_pad=all(_can_be_cut(c) or type(c) is RotatingKVCache for c in caches),
         )
 
     @property
@@ -225,26 +231,27 @@ class CachePieces:
 
     def cut(self, segment: Segment, start: int, end: int) -> Segment:
         """Copy a part of a segment; the copy does not keep the whole segment alive."""
-        parts = [pair and _cut_pair(pair, start, end) for pair in segment]
-        mx.eval([pair for pair in parts if pair])
-        return parts
+        cut = [parts and _cut(parts, start, end) for parts in segment]
+        mx.eval([parts for parts in cut if parts])
+        return cut
 
     def restore(self, segments: Sequence[Segment], snapshot: StateSnapshot) -> Caches:
         """Join consecutive segments and a snapshot into the caches of a row."""
         layers = iter(zip(*segments, strict=True))
         others = iter(snapshot)
         return [
-            _joined(next(layers)) if cut else copy.deepcopy(next(others)) for cut in self.cut_layers
+            _joined(cache, next(layers)) if cut else copy.deepcopy(next(others))
+            for cache, cut in zip(self.new(), self.cut_layers, strict=True)
         ]
 
     def token_bytes(self, caches: Caches) -> int:
         """Return the bytes of one token in the layers that can be cut."""
-        pairs = filter(None, self._cuttable(caches))
-        return sum((keys.nbytes + values.nbytes) // keys.shape[2] for keys, values in pairs)
+        layers = filter(None, self._cuttable(caches))
+        return sum(part.nbytes // part.shape[2] for parts in layers for part in parts)
 
     def segment_bytes(self, segment: Segment) -> int:
         """Return the bytes of a segment."""
-        return sum(keys.nbytes + values.nbytes for keys, values in filter(None, segment))
+        return sum(part.nbytes for parts in filter(None, segment) for part in parts)
 
     def snapshot_bytes(self, snapshot: StateSnapshot) -> int:
         """Return the bytes of a snapshot."""
@@ -259,16 +266,11 @@ class CachePieces:
 
     def _cuttable(self, caches: Caches) -> Segment:
         pairs = zip(caches, self.cut_layers, strict=True)
-        return [
-            None if cache.keys is None else (cache.keys, cache.values)
-            for cache, cut in pairs
-            if cut
-        ]
+        return [parts_of(cache) or None for cache, cut in pairs if cut]
 
 
-def _cut_pair(pair: Pair, start: int, end: int) -> Pair:
-    keys, values = pair
-    return copied(keys[..., start:end, :]), copied(values[..., start:end, :])
+def _cut(parts: Parts, start: int, end: int) -> Parts:
+    return tuple(copied(part[..., start:end, :]) for part in parts)
 
 
 def _is_floating(value: Any) -> bool:
@@ -288,9 +290,9 @@ def _copied(value: Any) -> Any:
     return copied(value) if isinstance(value, mx.array) else value
 
 
-def _is_plain(cache: Any) -> bool:
+def _can_be_cut(cache: Any) -> bool:
     """Return whether a cache has a key and a value for every token, and no other state."""
-    return type(cache) is KVCache
+    return type(cache) in (KVCache, QuantizedCache)
 
 
 def side_by_side(layers: Sequence[Any]) -> Any:
@@ -313,10 +315,9 @@ def _level(caches: Sequence[Any]) -> None:
                 cache[index] = mx.pad(cache[index], [(0, 0), (missing, 0)])
 
 
-def _joined(parts: Sequence[Pair | None]) -> Any:
-    cache = KVCache()
-    pairs = [pair for pair in parts if pair]
-    if pairs:
-        keys, values = (mx.concatenate(list(side), axis=2) for side in zip(*pairs, strict=True))
-        cache.state = (keys, values, keys.shape[2])
+def _joined(cache: Any, segments: Sequence[Parts | None]) -> Any:
+    """Fill an empty cache with consecutive segments of a layer."""
+    if held := [parts for parts in segments if parts]:
+        parts = tuple(mx.concatenate(list(own), axis=2) for own in zip(*held, strict=True))
+        fill(cache, parts, parts[0].shape[2])
     return cache

@@ -12,10 +12,15 @@ from typing import Any
 import mlx.core as mx
 
 from runner_server.mlx_backend.arrays import copied
+from runner_server.mlx_backend.cache.quantized import (
+    Parts,
+    QuantizedCache,
+    fill,
+    parts_of,
+    quantized,
+    split,
+)
 from runner_server.mlx_backend.upstream.names import KVCache, create_causal_mask
-
-Pair = tuple[mx.array, mx.array]
-"""Keys and values, each (rows, heads, tokens, head size)."""
 
 _STEP = 256
 """Number of columns by which the memory grows, as in mlx_lm's caches."""
@@ -48,9 +53,9 @@ class SlotCache:
         capacity: Number of slots to allocate, if larger than the number of rows.
     """
 
-    def __init__(self, rows: Sequence[KVCache], capacity: int) -> None:
+    def __init__(self, rows: Sequence[Any], capacity: int) -> None:
         # (slots, heads, columns, head size); None before the first token.
-        self._memory: Pair | None = None
+        self._memory: Parts | None = None
         self._lengths: list[int] = []
         self._end = 0
         self._offset: mx.array | None = None
@@ -64,7 +69,7 @@ class SlotCache:
         return self._offset
 
     @property
-    def state(self) -> Pair | None:
+    def state(self) -> Parts | None:
         """The arrays to evaluate."""
         return self._memory
 
@@ -79,7 +84,7 @@ class SlotCache:
     @keys.setter
     def keys(self, keys: mx.array) -> None:
         if self._memory:
-            self._memory = keys, self._memory[1]
+            self._memory = keys, *self._memory[1:]
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +99,7 @@ class SlotCache:
         mask: mx.array = create_causal_mask(count, offset=longest, left_padding=padding, **kwargs)
         return mask
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Pair:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         """Append tokens to every row.
 
         Args:
@@ -105,26 +110,27 @@ class SlotCache:
             The keys and values of all rows, padded on the left.
         """
         rows, count = len(self._lengths), keys.shape[2]
+        parts = self._packed(keys, values)
         if self._memory is None:
-            self._memory = _empty((keys, values), rows, count)
+            self._memory = _empty(parts, rows, count)
         elif self._end + count > self._memory[0].shape[2]:
             self._memory = self._reallocated(self._memory, rows, max(self._lengths), count)
         begin = self._end
         self._end += count
-        _write(self._memory, slice(0, rows), slice(begin, self._end), (keys, values))
+        _write(self._memory, slice(0, rows), slice(begin, self._end), parts)
         self._lengths = [length + count for length in self._lengths]
         self._offset = None
-        return self._used(self._memory)
+        return self._unpacked(self._used(self._memory))
 
-    def keys_and_values(self) -> Pair | None:
+    def keys_and_values(self) -> Any:
         """Return keys and values, padded on the left; None before the first token.
 
         Part of the interface of mlx_lm's caches: afm7 and gemma3n call it for layers that share
         the cache of another layer.
         """
-        return self._used(self._memory) if self._memory else None
+        return self._unpacked(self._used(self._memory)) if self._memory else None
 
-    def add(self, rows: Sequence[KVCache], capacity: int) -> None:
+    def add(self, rows: Sequence[Any], capacity: int) -> None:
         """Copy rows into free slots.
 
         Args:
@@ -138,8 +144,7 @@ class SlotCache:
         if self._memory is None:
             filled = [row for row in rows if row.offset]
             if filled:
-                like = filled[0].keys, filled[0].values
-                self._memory = _empty(like, max(capacity, needed), longest + 1)
+                self._memory = _empty(parts_of(filled[0]), max(capacity, needed), longest + 1)
                 self._end = longest
         elif needed > self._memory[0].shape[0] or longest > self._end:
             self._memory = self._reallocated(self._memory, max(capacity, needed), longest, 1)
@@ -151,7 +156,7 @@ class SlotCache:
             parts = _padded(row, self._memory, self._end)
             _write(self._memory, slice(slot, slot + 1), slice(0, self._end), parts)
 
-    def copies_to_move(self, slots: Sequence[int]) -> Pair | None:
+    def copies_to_move(self, slots: Sequence[int]) -> Parts | None:
         """Copy the rows :meth:`keep` will move to another slot.
 
         Evaluate the copies before calling :meth:`keep`: while a computation that reads the memory
@@ -164,9 +169,9 @@ class SlotCache:
         if self._memory is None or not sources:
             return None
         index = mx.array(sources, dtype=mx.int32)
-        return self._memory[0][index], self._memory[1][index]
+        return tuple(part[index] for part in self._memory)
 
-    def keep(self, slots: Sequence[int], moved: Pair | None) -> None:
+    def keep(self, slots: Sequence[int], moved: Parts | None) -> None:
         """Keep the rows in ``slots`` as slots 0, 1 and so on, and remove the others.
 
         Args:
@@ -174,28 +179,27 @@ class SlotCache:
             moved: The result of :meth:`copies_to_move` for these slots.
         """
         if self._memory and moved:
-            keys, values = moved
             targets = [target for target, source in enumerate(slots) if target != source]
             for index, slot in enumerate(targets):
-                row = keys[index : index + 1], values[index : index + 1]
+                row = tuple(part[index : index + 1] for part in moved)
                 _write(self._memory, slice(slot, slot + 1), slice(None), row)
         self._lengths = [self._lengths[slot] for slot in slots]
         self._offset = None
 
-    def extract(self, slot: int) -> KVCache:
+    def extract(self, slot: int) -> Any:
         """Copy a row out of the batch."""
         row = self.view(slot)
-        if row.keys is not None:
-            row.state = (copied(row.keys), copied(row.values), row.offset)
+        if parts := parts_of(row):
+            fill(row, tuple(map(copied, parts)), row.offset)
         return row
 
-    def view(self, slot: int) -> KVCache:
+    def view(self, slot: int) -> Any:
         """Return a row as a view of the batch's memory, valid until the next write."""
-        row = KVCache()
+        row = self._empty_row()
         if self._memory and self._lengths[slot]:
             columns = slice(self._end - self._lengths[slot], self._end)
-            keys, values = (part[slot : slot + 1, :, columns] for part in self._memory)
-            row.state = (keys, values, self._lengths[slot])
+            parts = tuple(part[slot : slot + 1, :, columns] for part in self._memory)
+            fill(row, parts, self._lengths[slot])
         return row
 
     def compact(self) -> None:
@@ -207,41 +211,72 @@ class SlotCache:
         if capacity > rows or columns > _rounded(longest + 1):
             self._memory = self._reallocated(self._memory, rows, longest, 1)
 
-    def _used(self, memory: Pair) -> Pair:
+    def _used(self, memory: Parts) -> Parts:
         rows, columns = len(self._lengths), slice(self._end - max(self._lengths), self._end)
-        keys, values = memory
-        return keys[:rows, :, columns], values[:rows, :, columns]
+        return tuple(part[:rows, :, columns] for part in memory)
 
-    def _reallocated(self, memory: Pair, capacity: int, longest: int, more: int) -> Pair:
+    def _packed(self, keys: mx.array, values: mx.array) -> Parts:
+        """Return the arrays to hold for keys and values."""
+        return keys, values
+
+    def _unpacked(self, parts: Parts) -> Any:
+        """Return keys and values as models get them."""
+        return parts
+
+    def _empty_row(self) -> Any:
+        return KVCache()
+
+    def _reallocated(self, memory: Parts, capacity: int, longest: int, more: int) -> Parts:
         """Copy the rows to ``capacity`` slots of ``longest`` columns plus room for ``more``."""
         left = longest - max(self._lengths)
         right = _rounded(longest + more) - longest
         padding = [(0, capacity - len(self._lengths)), (0, 0), (left, right), (0, 0)]
-        keys, values = (mx.pad(part, padding) for part in self._used(memory))
+        moved = tuple(mx.pad(part, padding) for part in self._used(memory))
         self._end = longest
-        return keys, values
+        return moved
 
 
-def _empty(like: Pair, capacity: int, columns: int) -> Pair:
+class QuantizedSlotCache(SlotCache):
+    """A :class:`SlotCache` whose keys and values are held quantized.
+
+    Args:
+        rows: The caches of the rows.
+        capacity: Number of slots to allocate, if larger than the number of rows.
+    """
+
+    def __init__(self, rows: Sequence[QuantizedCache], capacity: int) -> None:
+        # The names by which mlx_lm's attention recognizes quantized keys and values.
+        self.group_size: int = rows[0].group_size
+        self.bits: int = rows[0].bits
+        super().__init__(rows, capacity)
+
+    def _packed(self, keys: mx.array, values: mx.array) -> Parts:
+        return quantized(keys, values, self.group_size, self.bits)
+
+    def _unpacked(self, parts: Parts) -> tuple[Parts, Parts]:
+        return split(parts)
+
+    def _empty_row(self) -> QuantizedCache:
+        return QuantizedCache(self.group_size, self.bits)
+
+
+def _empty(like: Parts, capacity: int, columns: int) -> Parts:
     """Allocate memory for keys and values shaped like ``like``."""
-    keys, values = (
+    return tuple(
         mx.zeros((capacity, part.shape[1], _rounded(columns), part.shape[3]), part.dtype)
         for part in like
     )
-    return keys, values
 
 
-def _padded(row: KVCache, memory: Pair, columns: int) -> Pair:
+def _padded(row: Any, memory: Parts, columns: int) -> Parts:
     """Return a row's keys and values, padded on the left to ``columns`` columns."""
     if not row.offset:
-        keys, values = (mx.zeros_like(part[:1, :, :columns]) for part in memory)
-        return keys, values
+        return tuple(mx.zeros_like(part[:1, :, :columns]) for part in memory)
     padding = [(0, 0), (0, 0), (columns - row.offset, 0), (0, 0)]
-    keys, values = (mx.pad(part[:, :, : row.offset], padding) for part in (row.keys, row.values))
-    return keys, values
+    return tuple(mx.pad(part[:, :, : row.offset], padding) for part in parts_of(row))
 
 
-def _write(memory: Pair, rows: slice, columns: slice, parts: Pair) -> None:
+def _write(memory: Parts, rows: slice, columns: slice, parts: Parts) -> None:
     """Write keys and values, in place unless a pending computation reads the memory."""
     for whole, part in zip(memory, parts, strict=True):
         whole[rows, :, columns] = part

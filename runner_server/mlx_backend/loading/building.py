@@ -26,6 +26,7 @@ from runner_server.mlx_backend.model.activations import use_named_gelu
 from runner_server.mlx_backend.model.casting import cast_weights, casting_notes, widen_experts
 from runner_server.mlx_backend.model.differences import Exactness
 from runner_server.mlx_backend.model.exactness import compare
+from runner_server.mlx_backend.model.kv_bits import quantize_caches
 from runner_server.mlx_backend.model.rotary import settle_rope
 from runner_server.mlx_backend.planning.measure import device_kind
 from runner_server.mlx_backend.planning.plan import context_in_force
@@ -114,7 +115,8 @@ def build(directory: ModelDirectory, spec: LoadSpec, shard: Shard | None) -> Bui
 
     Raises:
         ModelUnsupported: mlx_lm cannot build the model, or computes it differently from its files.
-        InvalidField: The requested context is too long, or too long to be exact.
+        InvalidField: The requested context is too long, or too long to be exact; or the keys and
+            values cannot be quantized.
     """
     unread, exactness = _build(directory)
     config = unread.config
@@ -124,6 +126,8 @@ def build(directory: ModelDirectory, spec: LoadSpec, shard: Shard | None) -> Bui
     model = _converted(directory, unread, spec, shard)
     context = context_in_force(spec, directory.configuration.context_length, exactness)
     settle_rope(model, text_part(config), unread.arguments, context)
+    if spec.kv_bits:
+        quantize_caches(model, spec.kv_bits, directory.configuration.model_type)
     warnings = (*directory.notes, *exactness.warnings(context), *casting_notes(model))
     return Built(model, config, spec, context, warnings)
 

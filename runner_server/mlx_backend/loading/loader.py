@@ -273,6 +273,7 @@ def _describe(
         reserved_bytes=plan.need.total_bytes,
         dtype_fallback=plan.dtype is not formats(spec.dtype, device_kind())[0],
         warnings=plan.warnings,
+        kv_bits=built.spec.kv_bits,
     )
 
 

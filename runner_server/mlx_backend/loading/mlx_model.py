@@ -34,7 +34,9 @@ from runner_server.mlx_backend.executor import (
 )
 from runner_server.mlx_backend.loading.batch_trial import tolerance, try_together
 from runner_server.mlx_backend.loading.draft_trial import try_drafts
+from runner_server.mlx_backend.loading.kv_trial import try_quantized
 from runner_server.mlx_backend.loading.trial import warm_up
+from runner_server.mlx_backend.model.kv_bits import refusal
 from runner_server.mlx_backend.planning.measure import PREFILL_CHUNK, ROWS_TOGETHER, device_kind
 from runner_server.mlx_backend.planning.plan import Plan, alone_warning
 from runner_server.mlx_backend.stream_errors import recover
@@ -171,11 +173,13 @@ class MlxModel:
         which the first request would have to wait.
 
         Raises:
+            InvalidField: The model computes something else with quantized keys and values.
             RunnerFault: See :func:`~runner_server.mlx_backend.loading.trial.warm_up`.
         """
         info = self.info
         executor = self._executor(PrefixCache(self._pieces, 0))
         warm_up(self._model, executor, info.vocab_size, info.dtype)
+        self._try_quantized()
         self._try_texts()
         if self._shard:
             return
@@ -188,6 +192,12 @@ class MlxModel:
             logger.warning("%s: %s", info.path, warning)
             self.info = replace(info, parallel=1)
             self.warn(warning)
+
+    def _try_quantized(self) -> None:
+        if not self.info.kv_bits:
+            return
+        if why := try_quantized(self._model, self._pieces, self.info.vocab_size):
+            raise refusal(self.info.architecture, why)
 
     def _try_drafts(self) -> None:
         if self._pieces.needs_snapshot:
@@ -207,6 +217,9 @@ class MlxModel:
             vocab_size=info.vocab_size,
             tolerance=tolerance(self._model),
         )
+        if info.kv_bits:
+            # Texts that share a call have no caches, so that their keys are not quantized.
+            self._texts = replace(self._texts, can_join=False)
         limit = files.max_tokens or info.context_length
         embedding = EmbeddingInfo(
             dimension=self._texts.dimension,

@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from runner_server.errors import ModelUnsupported
+from runner_server.mlx_backend.cache.quantized import parts_of
 from runner_server.mlx_backend.planning.sizes import CacheShape, Probe
 from runner_server.mlx_backend.upstream.names import make_prompt_cache
 
@@ -70,15 +71,14 @@ def _with_growth(
 def _shapes(caches: list[Any], prefill_chunk: int) -> Iterator[CacheShape]:
     for cache in caches:
         parts = getattr(cache, "caches", None)
-        keys = getattr(cache, "keys", None)
         if parts is not None:
             yield from _shapes(list(parts), prefill_chunk)
-        elif keys is None:
+        elif getattr(cache, "keys", None) is None:
             yield CacheShape(fixed_bytes=int(cache.nbytes))
         else:
             window = getattr(cache, "max_size", None)
             yield CacheShape(
-                token_bytes=(keys.nbytes + cache.values.nbytes) // keys.shape[2],
+                token_bytes=sum(part.nbytes // part.shape[2] for part in parts_of(cache)),
                 step=cache.step,
                 # A chunk is appended before the tokens that left the window are dropped.
                 window=window + prefill_chunk if window else None,

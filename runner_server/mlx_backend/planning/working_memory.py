@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from runner_common.contract import MAX_LOGPROBS
 from runner_server.engine.types import Sampling
 from runner_server.errors import ModelUnsupported
+from runner_server.mlx_backend.cache.quantized import QuantizedCache, fill, parts_of
 from runner_server.mlx_backend.cache.row_caches import Caches, merge, side_by_side
 from runner_server.mlx_backend.embedding.hidden import Body, find_body
 from runner_server.mlx_backend.planning.graph_memory import transient_bytes
@@ -220,18 +221,18 @@ def _lengthen(cache: Any, tokens: int) -> None:
     A recurrent state has its final size from the first token on. Running the model on a long
     context instead would build a large graph, for some models with one operation per token.
     """
-    if type(cache) not in (KVCache, RotatingKVCache) or cache.keys is None:
+    if type(cache) not in (KVCache, QuantizedCache, RotatingKVCache) or cache.keys is None:
         return
-    if type(cache) is KVCache:
+    if type(cache) is not RotatingKVCache:
         columns = -(-tokens // cache.step) * cache.step
     else:
         columns = min(tokens, cache.max_size)
         cache._idx = columns  # noqa: SLF001 - the index of the next write
-    cache.keys, cache.values = (
+    parts = tuple(
         mx.zeros((*part.shape[:2], columns, part.shape[3]), dtype=part.dtype)
-        for part in (cache.keys, cache.values)
+        for part in parts_of(cache)
     )
-    cache.offset = tokens
+    fill(cache, parts, tokens)
 
 
 def _traced(

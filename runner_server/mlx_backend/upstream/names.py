@@ -20,6 +20,7 @@ _switch_layers = import_lean("mlx_lm.models.switch_layers")
 _utils = import_lean("mlx_lm.utils")
 
 KVCache = _cache.KVCache
+QuantizedKVCache = _cache.QuantizedKVCache
 RotatingKVCache = _cache.RotatingKVCache
 SwitchLinear = _switch_layers.SwitchLinear
 create_causal_mask = _base.create_causal_mask
@@ -28,6 +29,11 @@ dequantize_model = _utils.dequantize_model
 load_model = _utils.load_model
 load_tokenizer = _utils.load_tokenizer
 get_classes = vars(_utils)["_get_classes"]
+
+
+def use_quantized_attention(attention: Callable[..., Any]) -> None:
+    """Replace mlx_lm's attention to quantized keys and values, for all models of the process."""
+    vars(_base)["quantized_scaled_dot_product_attention"] = attention
 
 
 @dataclass(frozen=True)
