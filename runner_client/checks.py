@@ -143,14 +143,14 @@ def check_callable(field: str, value: object) -> None:
         refuse_type(field, value, "a function")
 
 
-def check_choice(field: str, value: object, choices: Collection[str]) -> None:
+def check_choice(field: str, value: object, choices: Collection[str | int]) -> None:
     """Require one of ``choices``.
 
     Raises:
         InvalidRequestError: The value is not one of them.
     """
     if value not in choices:
-        text = f"{value!r} is not one of {', '.join(choices)}"
+        text = f"{value!r} is not one of {', '.join(map(str, choices))}"
         raise InvalidRequestError(f"{field}: {text}", field_violations=[(field, text)])
 
 

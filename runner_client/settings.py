@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
 from runner_client.checks import check_choice, check_flag, check_integer, check_kind, check_number
 from runner_common.contract import (
+    KV_BITS,
     MAX_BYTES,
     MAX_CONTEXT_LENGTH,
     MAX_PARALLEL,
@@ -39,6 +40,7 @@ class LoadKeywords(TypedDict, total=False):
     prefix_cache_bytes: int | None
     memory_override: bool
     allow_inexact: bool
+    kv_bits: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,8 @@ class LoadOptions:
     allow_inexact: bool = False
     """Load the model even if it cannot be computed exactly as its files specify;
     ``Model.warnings`` lists the differences."""
+    kv_bits: int = 0
+    """Bits of each number in the KV caches, 4 or 8; 0 keeps the number format of the weights."""
 
     def __post_init__(self) -> None:
         check_integer("context_length", self.context_length, MIN_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH)
@@ -78,6 +82,8 @@ class LoadOptions:
         check_flag("memory_override", self.memory_override)
         check_flag("allow_inexact", self.allow_inexact)
         check_choice("dtype", self.dtype, get_args(Dtype))
+        check_integer("kv_bits", self.kv_bits)
+        check_choice("kv_bits", self.kv_bits, KV_BITS)
 
     @classmethod
     def of(cls, options: LoadOptions | None, keywords: LoadKeywords) -> LoadOptions:

@@ -44,6 +44,9 @@ DEFAULT_PARALLEL = 4
 MAX_DRAFT = 16
 """Most tokens of a draft, which one step checks."""
 
+KV_BITS = (0, 4, 8)
+"""Bits of a number in the KV caches; 0 for the number format of the weights."""
+
 MAX_PARALLEL = 256
 """Largest number of requests decoded together."""
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from runner_common.contract import (
     DEFAULT_PARALLEL,
+    KV_BITS,
     MAX_BYTES,
     MAX_DRAFT,
     MAX_PARALLEL,
@@ -204,6 +205,14 @@ SERVER_OPTIONS = (
         "if memory is short]",
         metavar="SIZE",
         read=_size(0),
+        needs="--model",
+    ),
+    ServerOption(
+        ("--kv-bits",),
+        "Bits of each number in the KV caches: 4 or 8 hold more tokens in the same memory, and "
+        "change the texts a little; 0 keeps the number format of the weights.",
+        choices=tuple(map(str, KV_BITS)),
+        default="0",
         needs="--model",
     ),
     ServerOption(

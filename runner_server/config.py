@@ -98,6 +98,7 @@ def _load(values: Mapping[str, Any]) -> LoadSpec:
         dtype=Dtype(values["dtype"]),
         memory_limit_bytes=values["memory_limit"],
         prefix_cache_bytes=values["prefix_cache"],
+        kv_bits=int(values["kv_bits"]),
     )
 
 

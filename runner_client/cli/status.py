@@ -115,7 +115,8 @@ def _state(status: Status) -> str:
 
 def _model(model: Model) -> str:
     bits = f"{model.quantization_bits}-bit" if model.quantization_bits else ""
-    parts = (model.architecture, bits, model.dtype, format_bytes(model.weight_bytes))
+    kv = f"{model.kv_bits}-bit KV cache" if model.kv_bits else ""
+    parts = (model.architecture, bits, model.dtype, format_bytes(model.weight_bytes), kv)
     return f"{model.name} ({', '.join(part for part in parts if part)})"
 
 

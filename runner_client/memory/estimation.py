@@ -213,6 +213,7 @@ def _need_request(path: str, load: LoadOptions, backend: Backend) -> NeedRequest
         memory_limit_bytes=load.memory_limit_bytes,
         prefix_cache_bytes=load.prefix_cache_bytes,
         allow_inexact=load.allow_inexact,
+        kv_bits=load.kv_bits,
     )
 
 

@@ -7,6 +7,7 @@ guess: recurrent states, windows and latent caches of many architectures, the ar
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,9 @@ PROCESS_BYTES = 160 * 1024**2
 PREFIX_SHARE = 4
 """The default prefix cache holds one sequence, or 1 / ``PREFIX_SHARE`` of all if that is more."""
 
+_LEAST_GROUP = 32
+"""Numbers that share a scale and a bias; 64 where the size of a head allows it."""
+
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -48,7 +52,14 @@ def need_from_headers(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]
     weights = weigh(tensors, config, _ITEM_BYTES.get(request.dtype))
     layers = kv_layers(config, tensors)
     item_bytes = _ITEM_BYTES.get(request.dtype, weights.stored_item_bytes)
-    one = item_bytes * sum(layer.elements(context) for layer in layers)
+    # The server does not quantize sliding windows.
+    quantized_bytes = _quantized_bytes(request.kv_bits, item_bytes)
+    one = math.ceil(
+        sum(
+            layer.elements(context) * (quantized_bytes if layer.window is None else item_bytes)
+            for layer in layers
+        )
+    )
     kept = request.prefix_cache_bytes
     need = MemoryNeed(
         weight_bytes=weights.held_bytes,
@@ -64,6 +75,11 @@ def need_from_headers(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]
     unknown = () if layers else ("KV cache not counted: config.json does not specify its size",)
     answer = NeedAnswer(need, request.dtype, context, longest, request.parallel)
     return answer, (*unknown, *directory.notes)
+
+
+def _quantized_bytes(bits: int, item_bytes: float) -> float:
+    """Return the bytes of a number in a quantized cache, with its part of scale and bias."""
+    return bits / 8 + 2 * item_bytes / _LEAST_GROUP if bits else item_bytes
 
 
 def _working_bytes(held_bytes: int) -> int:

@@ -99,6 +99,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     """Set once a client has cancelled a load or a completion."""
     _load_began: float | None = None
     _is_stored: bool = False
+    _kv_bits: int = 0
     _calls: list[FakeCall] = field(default_factory=list)
 
     def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
@@ -116,6 +117,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             self._load_began = None
         self.is_draining = False
         self.model, self._is_stored = request.model, bool(need.notes)
+        self._kv_bits = request.kv_bits
         return pb.LoadResponse(model=self._model(self.model))
 
     def Estimate(
@@ -325,7 +327,13 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             has_template=self.has_chat_template,
             dimension=self.embedding_dimension,
         )
-        return pb.Model(name=name, path=name, dtype_fallback=is_fallback, capabilities=accepted)
+        return pb.Model(
+            name=name,
+            path=name,
+            dtype_fallback=is_fallback,
+            capabilities=accepted,
+            kv_bits=self._kv_bits,
+        )
 
     def _receive(self, request: Message, context: grpc.ServicerContext) -> None:
         self.requests.append(request)

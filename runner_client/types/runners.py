@@ -78,6 +78,8 @@ class Model:
     """Ways in which the output may deviate from the model's files, and known limitations."""
     capabilities: Capabilities = Capabilities()
     """What requests the model and its server accept."""
+    kv_bits: int = 0
+    """Bits of a number in the KV caches; 0 if they are not quantized."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ class NeedRequest:
         memory_limit_bytes: Most memory that MLX may hold; None for no limit.
         prefix_cache_bytes: Byte budget of the prefix cache; None for the default.
         allow_inexact: Whether to plan a model that cannot be computed exactly as its files say.
+        kv_bits: Bits of a number in the KV caches; 0 for the format of the weights.
     """
 
     path: str
@@ -61,6 +62,7 @@ class NeedRequest:
     memory_limit_bytes: int | None = None
     prefix_cache_bytes: int | None = None
     allow_inexact: bool = False
+    kv_bits: int = 0
 
 
 @dataclass(frozen=True, slots=True)

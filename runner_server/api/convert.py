@@ -81,6 +81,7 @@ def model_message(info: ModelInfo, rank_count: int = 1) -> pb.Model:
         eos_token_ids=sorted(info.eos_token_ids),
         dtype_fallback=info.dtype_fallback,
         warnings=info.warnings,
+        kv_bits=info.kv_bits,
         capabilities=pb.Capabilities(
             batched=info.parallel > 1,
             prefix_cache=info.prefix_cache_bytes > 0,

@@ -157,6 +157,7 @@ def _query_need(path: Path, spec: LoadSpec) -> NeedAnswer:
         memory_limit_bytes=spec.memory_limit_bytes,
         prefix_cache_bytes=spec.prefix_cache_bytes,
         allow_inexact=spec.allow_inexact,
+        kv_bits=spec.kv_bits,
     )
     try:
         return ask_need(request, os.environ)

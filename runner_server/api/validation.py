@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.contract import (
+    KV_BITS,
     MAX_ABORTED_IDS,
     MAX_BYTES,
     MAX_CACHE_SALT_CHARS,
@@ -73,6 +74,8 @@ def load_spec(request: pb.LoadRequest | pb.EstimateRequest) -> LoadSpec:
     _check_number(check, request, "prefix_cache_bytes", 0, MAX_BYTES)
     known = request.dtype in _DTYPES
     check.require("dtype", known, f"{request.dtype} is not a dtype that this server supports")
+    allowed = ", ".join(map(str, KV_BITS))
+    check.require("kv_bits", request.kv_bits in KV_BITS, f"{request.kv_bits} is none of {allowed}")
     check.finish()
     plain = LoadSpec(request.model)
     return LoadSpec(
@@ -84,6 +87,7 @@ def load_spec(request: pb.LoadRequest | pb.EstimateRequest) -> LoadSpec:
         prefix_cache_bytes=_given(request, "prefix_cache_bytes", int, plain.prefix_cache_bytes),
         memory_override=isinstance(request, pb.LoadRequest) and request.memory_override,
         allow_inexact=request.allow_inexact,
+        kv_bits=request.kv_bits,
     )
 
 

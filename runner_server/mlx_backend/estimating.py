@@ -37,6 +37,7 @@ def answer(request: NeedRequest) -> NeedAnswer:
         memory_limit_bytes=request.memory_limit_bytes,
         prefix_cache_bytes=request.prefix_cache_bytes,
         allow_inexact=request.allow_inexact,
+        kv_bits=request.kv_bits,
     )
     # Some models evaluate arrays while they are built.
     with kernels_of_this_run(checks=False):

@@ -230,9 +230,10 @@ async def test_load_reports_its_progress(runner: FakeRunner) -> None:
             prefix_cache_bytes=10**8,
             memory_override=True,
             allow_inexact=True,
+            kv_bits=4,
             on_progress=seen.append,
         )
-    assert result.model.name == "org/name"
+    assert (result.model.name, result.model.kv_bits) == ("org/name", 4)
     progress = [status.progress for status in seen if status.state is State.LOADING]
     assert len(progress) >= 2
     assert progress == sorted(progress)
@@ -244,6 +245,7 @@ async def test_load_reports_its_progress(runner: FakeRunner) -> None:
             prefix_cache_bytes=10**8,
             memory_override=True,
             allow_inexact=True,
+            kv_bits=4,
         )
     ]
 

@@ -43,7 +43,7 @@ def test_every_load_option_reaches_the_runner(fake: FakeRunner) -> None:
     result = invoke(
         *("load", fake.address, "org/name", "--context-length", "99", "--parallel", "2"),
         *("--dtype", "bfloat16", "--memory-limit", "8MiB", "--prefix-cache", "1MiB"),
-        *("--memory-override", "--allow-inexact"),
+        *("--memory-override", "--allow-inexact", "--kv-bits", "8"),
     )
     assert result.exit_code == 0, result.output
     assert fake.requests == [
@@ -56,6 +56,7 @@ def test_every_load_option_reaches_the_runner(fake: FakeRunner) -> None:
             prefix_cache_bytes=MIB,
             memory_override=True,
             allow_inexact=True,
+            kv_bits=8,
         )
     ]
 

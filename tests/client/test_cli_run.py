@@ -117,13 +117,18 @@ def test_every_option_reaches_the_runner(fake: FakeRunner, started: list[FakePro
     for name, value in {**floats, **integers}.items():
         arguments += [f"--{name.replace('_', '-')}", str(value)]
     arguments += ["--dtype", "bfloat16", "--prefix-cache", "64MiB", "--allow-inexact"]
+    arguments += ["--kv-bits", "4"]
     assert invoke(*arguments).exit_code == 0
     options = fake.requests[-1].options  # type: ignore[attr-defined]  # a completion's request
     for name, value in {**floats, **integers}.items():
         assert getattr(options, name) == value, name
     assert list(options.stop) == ["\n\n", "-"]
     load = LoadOptions(
-        context_length=99, dtype="bfloat16", prefix_cache_bytes=64 * 2**20, allow_inexact=True
+        context_length=99,
+        dtype="bfloat16",
+        prefix_cache_bytes=64 * 2**20,
+        allow_inexact=True,
+        kv_bits=4,
     )
     assert started[0].settings == {"options": load, "parallel": 1}
 

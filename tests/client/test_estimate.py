@@ -201,6 +201,14 @@ def test_kv_is_allocated_in_steps(tmp_path: Path, tokens: int, held: int) -> Non
     assert need.kv_bytes == LAYERS * 2 * KV_ROWS * held * 4
 
 
+@pytest.mark.parametrize(("bits", "number_bytes"), [(8, 1.25), (4, 0.75)])
+def test_quantized_kv_counts_scales_and_biases_in_float32(
+    tmp_path: Path, bits: int, number_bytes: float
+) -> None:
+    need = estimate_of(tmp_path, context_length=256, kv_bits=bits)
+    assert need.kv_bytes == LAYERS * 2 * KV_ROWS * 256 * number_bytes
+
+
 def test_every_parallel_sequence_has_its_own_kv(tmp_path: Path) -> None:
     one, four = (
         estimate_of(tmp_path, context_length=300),

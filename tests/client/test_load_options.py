@@ -33,6 +33,7 @@ FULL = LoadOptions(
     prefix_cache_bytes=0,
     memory_override=True,
     allow_inexact=True,
+    kv_bits=8,
 )
 REQUEST = pb.LoadRequest(model="org/name", **{**asdict(FULL), "dtype": pb.DTYPE_BFLOAT16})
 

@@ -211,6 +211,9 @@ LOAD_INSIDE: list[tuple[dict[str, Any], LoadSpec]] = [
     ({"memory_override": True}, LoadSpec("m", memory_override=True)),
     ({"memory_override": False}, LoadSpec("m")),
     ({"allow_inexact": True}, LoadSpec("m", allow_inexact=True)),
+    ({"kv_bits": 0}, LoadSpec("m")),
+    ({"kv_bits": 4}, LoadSpec("m", kv_bits=4)),
+    ({"kv_bits": 8}, LoadSpec("m", kv_bits=8)),
 ]
 
 
@@ -231,6 +234,8 @@ LOAD_OUTSIDE: list[tuple[str, Callable[[], pb.LoadRequest]]] = [
     ("context_length", lambda: pb.LoadRequest(model="m", context_length=1)),
     ("context_length", lambda: pb.LoadRequest(model="m", context_length=MIN_INT32)),
     ("parallel", lambda: pb.LoadRequest(model="m", parallel=0)),
+    ("kv_bits", lambda: pb.LoadRequest(model="m", kv_bits=-4)),
+    ("kv_bits", lambda: pb.LoadRequest(model="m", kv_bits=6)),
     ("parallel", lambda: pb.LoadRequest(model="m", parallel=257)),
     ("memory_limit_bytes", lambda: pb.LoadRequest(model="m", memory_limit_bytes=0)),
     ("memory_limit_bytes", lambda: pb.LoadRequest(model="m", memory_limit_bytes=-1)),

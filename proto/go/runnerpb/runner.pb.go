@@ -606,7 +606,13 @@ type LoadRequest struct {
 	// Loads a model even if this server cannot compute it exactly as its files say,
 	// because a setting or a tensor would go unused, and lists the differences in
 	// `Model.warnings`. Otherwise such a model is refused. Default: false.
-	AllowInexact  bool `protobuf:"varint,8,opt,name=allow_inexact,json=allowInexact,proto3" json:"allow_inexact,omitempty"`
+	AllowInexact bool `protobuf:"varint,8,opt,name=allow_inexact,json=allowInexact,proto3" json:"allow_inexact,omitempty"`
+	// Bits of each number in the KV caches of layers that keep every token: 4, 8,
+	// or 0 for the number format of the weights. Fewer bits hold more tokens in the
+	// same memory, and change the texts a little. Layers with a sliding window or a
+	// recurrent state keep theirs as they are. A model whose keys and values cannot
+	// be quantized is refused with INVALID_FIELD. Default: 0.
+	KvBits        int32 `protobuf:"varint,11,opt,name=kv_bits,json=kvBits,proto3" json:"kv_bits,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -697,6 +703,13 @@ func (x *LoadRequest) GetAllowInexact() bool {
 	return false
 }
 
+func (x *LoadRequest) GetKvBits() int32 {
+	if x != nil {
+		return x.KvBits
+	}
+	return 0
+}
+
 // The result of a load.
 type LoadResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -783,7 +796,9 @@ type Model struct {
 	// here, as text; empty if nothing is known.
 	Warnings []string `protobuf:"bytes,11,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	// What requests this model and this server accept.
-	Capabilities  *Capabilities `protobuf:"bytes,12,opt,name=capabilities,proto3" json:"capabilities,omitempty"`
+	Capabilities *Capabilities `protobuf:"bytes,12,opt,name=capabilities,proto3" json:"capabilities,omitempty"`
+	// `LoadRequest.kv_bits`: 4 or 8, or 0 if the KV caches are not quantized.
+	KvBits        int32 `protobuf:"varint,15,opt,name=kv_bits,json=kvBits,proto3" json:"kv_bits,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -900,6 +915,13 @@ func (x *Model) GetCapabilities() *Capabilities {
 		return x.Capabilities
 	}
 	return nil
+}
+
+func (x *Model) GetKvBits() int32 {
+	if x != nil {
+		return x.KvBits
+	}
+	return 0
 }
 
 // What requests a loaded model and its server accept. An unset field means that it
@@ -1133,7 +1155,9 @@ type EstimateRequest struct {
 	// Default: as in `LoadRequest`.
 	PrefixCacheBytes *int64 `protobuf:"varint,6,opt,name=prefix_cache_bytes,json=prefixCacheBytes,proto3,oneof" json:"prefix_cache_bytes,omitempty"`
 	// Default: false.
-	AllowInexact  bool `protobuf:"varint,8,opt,name=allow_inexact,json=allowInexact,proto3" json:"allow_inexact,omitempty"`
+	AllowInexact bool `protobuf:"varint,8,opt,name=allow_inexact,json=allowInexact,proto3" json:"allow_inexact,omitempty"`
+	// Default: 0.
+	KvBits        int32 `protobuf:"varint,11,opt,name=kv_bits,json=kvBits,proto3" json:"kv_bits,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1215,6 +1239,13 @@ func (x *EstimateRequest) GetAllowInexact() bool {
 		return x.AllowInexact
 	}
 	return false
+}
+
+func (x *EstimateRequest) GetKvBits() int32 {
+	if x != nil {
+		return x.KvBits
+	}
+	return 0
 }
 
 // The memory a load would need, in bytes, and whether it fits now. `total_bytes`
@@ -4966,7 +4997,7 @@ var File_mlxrunner_v1_runner_proto protoreflect.FileDescriptor
 
 const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\n" +
-	"\x19mlxrunner/v1/runner.proto\x12\fmlxrunner.v1\x1a\x1egoogle/protobuf/duration.proto\"\x9d\x03\n" +
+	"\x19mlxrunner/v1/runner.proto\x12\fmlxrunner.v1\x1a\x1egoogle/protobuf/duration.proto\"\xb6\x03\n" +
 	"\vLoadRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12*\n" +
 	"\x0econtext_length\x18\x02 \x01(\x05H\x00R\rcontextLength\x88\x01\x01\x12\x1f\n" +
@@ -4975,14 +5006,15 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x12memory_limit_bytes\x18\x05 \x01(\x03H\x02R\x10memoryLimitBytes\x88\x01\x01\x121\n" +
 	"\x12prefix_cache_bytes\x18\x06 \x01(\x03H\x03R\x10prefixCacheBytes\x88\x01\x01\x12'\n" +
 	"\x0fmemory_override\x18\a \x01(\bR\x0ememoryOverride\x12#\n" +
-	"\rallow_inexact\x18\b \x01(\bR\fallowInexactB\x11\n" +
+	"\rallow_inexact\x18\b \x01(\bR\fallowInexact\x12\x17\n" +
+	"\akv_bits\x18\v \x01(\x05R\x06kvBitsB\x11\n" +
 	"\x0f_context_lengthB\v\n" +
 	"\t_parallelB\x15\n" +
 	"\x13_memory_limit_bytesB\x15\n" +
 	"\x13_prefix_cache_bytes\"y\n" +
 	"\fLoadResponse\x12)\n" +
 	"\x05model\x18\x01 \x01(\v2\x13.mlxrunner.v1.ModelR\x05model\x12>\n" +
-	"\rload_duration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\floadDuration\"\xa6\x03\n" +
+	"\rload_duration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\floadDuration\"\xbf\x03\n" +
 	"\x05Model\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\"\n" +
@@ -4997,7 +5029,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0edtype_fallback\x18\n" +
 	" \x01(\bR\rdtypeFallback\x12\x1a\n" +
 	"\bwarnings\x18\v \x03(\tR\bwarnings\x12>\n" +
-	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\"\xf3\b\n" +
+	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\x12\x17\n" +
+	"\akv_bits\x18\x0f \x01(\x05R\x06kvBits\"\xf3\b\n" +
 	"\fCapabilities\x12\x1d\n" +
 	"\abatched\x18\x01 \x01(\bH\x00R\abatched\x88\x01\x01\x12&\n" +
 	"\fprefix_cache\x18\x02 \x01(\bH\x01R\vprefixCache\x88\x01\x01\x121\n" +
@@ -5040,7 +5073,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\v_completionB\x16\n" +
 	"\x14_embedding_dimensionB\x12\n" +
 	"\x10_max_embed_countB\x13\n" +
-	"\x11_max_embed_tokens\"\xf8\x02\n" +
+	"\x11_max_embed_tokens\"\x91\x03\n" +
 	"\x0fEstimateRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12*\n" +
 	"\x0econtext_length\x18\x02 \x01(\x05H\x00R\rcontextLength\x88\x01\x01\x12\x1f\n" +
@@ -5048,7 +5081,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x05dtype\x18\x04 \x01(\x0e2\x13.mlxrunner.v1.DtypeR\x05dtype\x121\n" +
 	"\x12memory_limit_bytes\x18\x05 \x01(\x03H\x02R\x10memoryLimitBytes\x88\x01\x01\x121\n" +
 	"\x12prefix_cache_bytes\x18\x06 \x01(\x03H\x03R\x10prefixCacheBytes\x88\x01\x01\x12#\n" +
-	"\rallow_inexact\x18\b \x01(\bR\fallowInexactB\x11\n" +
+	"\rallow_inexact\x18\b \x01(\bR\fallowInexact\x12\x17\n" +
+	"\akv_bits\x18\v \x01(\x05R\x06kvBitsB\x11\n" +
 	"\x0f_context_lengthB\v\n" +
 	"\t_parallelB\x15\n" +
 	"\x13_memory_limit_bytesB\x15\n" +

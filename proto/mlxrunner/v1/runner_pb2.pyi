@@ -437,6 +437,7 @@ class LoadRequest(_message.Message):
     PREFIX_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_OVERRIDE_FIELD_NUMBER: _builtins.int
     ALLOW_INEXACT_FIELD_NUMBER: _builtins.int
+    KV_BITS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A directory with a model (config.json, tokenizer, *.safetensors), as the
     server's file system names it, or a hub id ("org/name", "org/name@revision")
@@ -481,6 +482,13 @@ class LoadRequest(_message.Message):
     because a setting or a tensor would go unused, and lists the differences in
     `Model.warnings`. Otherwise such a model is refused. Default: false.
     """
+    kv_bits: _builtins.int
+    """Bits of each number in the KV caches of layers that keep every token: 4, 8,
+    or 0 for the number format of the weights. Fewer bits hold more tokens in the
+    same memory, and change the texts a little. Layers with a sliding window or a
+    recurrent state keep theirs as they are. A model whose keys and values cannot
+    be quantized is refused with INVALID_FIELD. Default: 0.
+    """
     def __init__(
         self,
         *,
@@ -492,10 +500,11 @@ class LoadRequest(_message.Message):
         prefix_cache_bytes: _builtins.int | None = ...,
         memory_override: _builtins.bool = ...,
         allow_inexact: _builtins.bool = ...,
+        kv_bits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "memory_limit_bytes", b"memory_limit_bytes", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "allow_inexact", b"allow_inexact", "context_length", b"context_length", "dtype", b"dtype", "memory_limit_bytes", b"memory_limit_bytes", "memory_override", b"memory_override", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "allow_inexact", b"allow_inexact", "context_length", b"context_length", "dtype", b"dtype", "kv_bits", b"kv_bits", "memory_limit_bytes", b"memory_limit_bytes", "memory_override", b"memory_override", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__context_length: _TypeAlias = _typing.Literal["context_length"]  # noqa: Y015
     _WhichOneofArgType__context_length: _TypeAlias = _typing.Literal["_context_length", b"_context_length"]  # noqa: Y015
@@ -564,6 +573,7 @@ class Model(_message.Message):
     DTYPE_FALLBACK_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
+    KV_BITS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """A short name: the directory's name, or the hub id."""
     path: _builtins.str
@@ -590,6 +600,8 @@ class Model(_message.Message):
     """Whether DTYPE_AUTO_OR_STORED had no memory for float32, so that the weights
     are held as stored.
     """
+    kv_bits: _builtins.int
+    """`LoadRequest.kv_bits`: 4 or 8, or 0 if the KV caches are not quantized."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The token ids that end a text."""
@@ -619,10 +631,11 @@ class Model(_message.Message):
         dtype_fallback: _builtins.bool = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         capabilities: Global___Capabilities | None = ...,
+        kv_bits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "capabilities", b"capabilities", "context_length", b"context_length", "dtype", b"dtype", "dtype_fallback", b"dtype_fallback", "eos_token_ids", b"eos_token_ids", "name", b"name", "path", b"path", "quantization_bits", b"quantization_bits", "vocab_size", b"vocab_size", "warnings", b"warnings", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "capabilities", b"capabilities", "context_length", b"context_length", "dtype", b"dtype", "dtype_fallback", b"dtype_fallback", "eos_token_ids", b"eos_token_ids", "kv_bits", b"kv_bits", "name", b"name", "path", b"path", "quantization_bits", b"quantization_bits", "vocab_size", b"vocab_size", "warnings", b"warnings", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -827,6 +840,7 @@ class EstimateRequest(_message.Message):
     MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     PREFIX_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     ALLOW_INEXACT_FIELD_NUMBER: _builtins.int
+    KV_BITS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model, as `LoadRequest.model`. Required."""
     context_length: _builtins.int
@@ -841,6 +855,8 @@ class EstimateRequest(_message.Message):
     """Default: as in `LoadRequest`."""
     allow_inexact: _builtins.bool
     """Default: false."""
+    kv_bits: _builtins.int
+    """Default: 0."""
     def __init__(
         self,
         *,
@@ -851,10 +867,11 @@ class EstimateRequest(_message.Message):
         memory_limit_bytes: _builtins.int | None = ...,
         prefix_cache_bytes: _builtins.int | None = ...,
         allow_inexact: _builtins.bool = ...,
+        kv_bits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "memory_limit_bytes", b"memory_limit_bytes", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "allow_inexact", b"allow_inexact", "context_length", b"context_length", "dtype", b"dtype", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "allow_inexact", b"allow_inexact", "context_length", b"context_length", "dtype", b"dtype", "kv_bits", b"kv_bits", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__context_length: _TypeAlias = _typing.Literal["context_length"]  # noqa: Y015
     _WhichOneofArgType__context_length: _TypeAlias = _typing.Literal["_context_length", b"_context_length"]  # noqa: Y015

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from runner_client.cli.shared.numbers import Number, integer, number_option
 from runner_client.types import Dtype, JsonSchema, LoadOptions
-from runner_common.contract import DEFAULT_PARALLEL, MAX_PARALLEL, MIN_CONTEXT_LENGTH
+from runner_common.contract import DEFAULT_PARALLEL, KV_BITS, MAX_PARALLEL, MIN_CONTEXT_LENGTH
 from runner_common.server_options import SERVER_OPTIONS
 from runner_common.units import parse_bytes
 
@@ -47,6 +47,18 @@ def size_or_zero(value: str) -> int:
         return parse_bytes(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
+
+
+def kv_bits(value: str) -> int:
+    """Parse the bits of a number in the KV caches.
+
+    Raises:
+        click.BadParameter: The value is not a possible number of bits.
+    """
+    allowed = {str(bits): bits for bits in KV_BITS}
+    if value not in allowed:
+        raise click.BadParameter(f"{value!r} is not one of {', '.join(allowed)}")
+    return allowed[value]
 
 
 def text(value: str) -> str:
@@ -132,6 +144,9 @@ _LOAD = {
         is_flag=True,
         help="Accept a model that cannot be computed exactly as its files specify; the "
         "differences are printed.",
+    ),
+    "kv_bits": click.option(
+        "--kv-bits", type=kv_bits, metavar="0|4|8", default="0", help=_HELP["kv_bits"]
     ),
 }
 """Options of a load, by the fields of ``types.LoadOptions``."""

@@ -143,7 +143,9 @@ def load_options(request: pb.LoadRequest | pb.EstimateRequest) -> LoadOptions:
     sizes = {"context_length", "parallel", "memory_limit_bytes", "prefix_cache_bytes"}
     given = {field.name: value for field, value in request.ListFields() if field.name in sizes}
     dtype = _DTYPES[request.dtype]
-    return LoadOptions(dtype=dtype, allow_inexact=request.allow_inexact, **given)
+    return LoadOptions(
+        dtype=dtype, allow_inexact=request.allow_inexact, kv_bits=request.kv_bits, **given
+    )
 
 
 def estimate_message(found: MemoryEstimate, decision: GateDecision) -> pb.EstimateResponse:

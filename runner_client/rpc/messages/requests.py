@@ -64,6 +64,7 @@ def load_request(model: str, options: LoadOptions) -> pb.LoadRequest:
             prefix_cache_bytes=options.prefix_cache_bytes,
             memory_override=options.memory_override,
             allow_inexact=options.allow_inexact,
+            kv_bits=options.kv_bits,
         )
 
 
@@ -79,6 +80,7 @@ def estimate_request(model: str, options: LoadOptions) -> pb.EstimateRequest:
             memory_limit_bytes=options.memory_limit_bytes,
             prefix_cache_bytes=options.prefix_cache_bytes,
             allow_inexact=options.allow_inexact,
+            kv_bits=options.kv_bits,
         )
 
 

@@ -72,6 +72,7 @@ def _model(message: pb.Model) -> Model:
         eos_token_ids=tuple(message.eos_token_ids),
         dtype_fallback=message.dtype_fallback,
         warnings=tuple(message.warnings),
+        kv_bits=message.kv_bits,
         capabilities=_capabilities(message.capabilities),
     )
 
