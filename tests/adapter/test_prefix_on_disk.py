@@ -103,6 +103,18 @@ def test_the_text_is_the_same_after_another_load(loads: Loads, sampling: Samplin
     assert counters.read_bytes > 0
 
 
+def test_loads_with_other_kv_bits_share_no_blocks(loads: Loads) -> None:
+    prompt, spec = random_prompt(300, 1), {"context_length": 1024, "prefix_cache_bytes": 64 << 20}
+    texts = {}
+    for bits in (8, 0, 4):
+        with loads.load(DEMO, kv_bits=bits, **spec) as model:
+            texts[bits], cached = _run(model, prompt, SEEDED)
+            assert (cached, model.info.warnings) == (0, ())
+    for bits, text in texts.items():
+        with loads.load(DEMO, kv_bits=bits, **spec) as model:
+            assert _run(model, prompt, SEEDED) == (text, 256)
+
+
 @pytest.mark.parametrize(
     ("changes", "spec"),
     [

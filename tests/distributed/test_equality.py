@@ -198,6 +198,19 @@ def test_ranks_give_the_vectors_of_one_process(
         assert one == pytest.approx(other, abs=2e-5)
 
 
+def test_ranks_with_quantized_caches_generate_the_same_as_one_process(
+    alone: Child, pair: Child
+) -> None:
+    found = []
+    for server in (alone, pair):
+        server.load(DEMO, kv_bits=4)
+        assert server.status().model.kv_bits == 4
+        call = server.stub.Completion(REQUESTS["long"], timeout=DEADLINE_SECONDS)
+        found.append([*generated(server, [REQUESTS["greedy"], REQUESTS["seeded"]]), tokens(call)])
+        server.load(DEMO)
+    assert found[0] == found[1]
+
+
 QUANTIZABLE = {**THREE_HEADS, "hidden_size": 192, "intermediate_size": 384, "head_dim": 32}
 """Sizes with whole groups of 32 weights for each of three ranks."""
 
@@ -236,10 +249,15 @@ def test_three_ranks_generate_the_same_as_one_process(
 @pytest.mark.exhaustive
 def test_three_ranks_split_layers(alone: Child, model_dir: Build, tmp_path: Path) -> None:
     # Four layers: one rank gets two.
-    model = model_dir("llama", model_type="qwen2", num_hidden_layers=4)
-    alone.load(model)
+    sizes = {"num_hidden_layers": 4, "head_dim": 32, "hidden_size": 128}
+    model = model_dir("llama", model_type="qwen2", **sizes)
     with ranks(tmp_path, 3, "--pipeline") as three:
-        three.first.load(model)
+        for server in (alone, three.first):
+            server.load(model, kv_bits=8)
+        calls = [three.first.stub.Completion(each, timeout=DEADLINE_SECONDS) for each in SHORT]
+        assert [tokens(call) for call in calls] == generated(alone, SHORT)
+        for server in (alone, three.first):
+            server.load(model)
         calls = [three.first.stub.Completion(each, timeout=DEADLINE_SECONDS) for each in SHORT]
         assert [tokens(call) for call in calls] == generated(alone, SHORT)
         request = completion(SHORT[1].prompt_token_ids.ids, temperature=0, num_predict=4)

@@ -82,9 +82,10 @@ class Child:
         """Request the status."""
         return self.stub.Status(pb.StatusRequest(), timeout=DEADLINE_SECONDS)
 
-    def load(self, model: Path) -> None:
+    def load(self, model: Path, kv_bits: int = 0) -> None:
         """Load a model."""
-        self.stub.Load(pb.LoadRequest(model=str(model)), timeout=DEADLINE_SECONDS)
+        request = pb.LoadRequest(model=str(model), kv_bits=kv_bits)
+        self.stub.Load(request, timeout=DEADLINE_SECONDS)
 
     def complete(self, count: int) -> Iterator[pb.CompletionResponse]:
         """Start a completion of ``count`` tokens, with the end-of-text token banned."""
