@@ -29,6 +29,7 @@ class Setting:
         context_length: Length that each stream reaches, in tokens.
         prefix_cache_bytes: Limit of the prefix cache; None for the default.
         waits_idle: Also measure the process after an idle period.
+        kv_bits: Bits of a number in the KV caches.
     """
 
     dtype: Dtype = "auto"
@@ -36,6 +37,7 @@ class Setting:
     context_length: int = 512
     prefix_cache_bytes: int | None = 0
     waits_idle: bool = False
+    kv_bits: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ async def _measure(model: Path, setting: Setting) -> Measured:
         dtype=setting.dtype,
         prefix_cache_bytes=setting.prefix_cache_bytes,
         allow_inexact=True,
+        kv_bits=setting.kv_bits,
         blas=os.environ.get(BLAS_VARIABLE, "auto"),
     )
     async with runner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tools.memory.catalog import CONFIGS
@@ -76,6 +76,11 @@ def shaped() -> Iterator[Row]:
     yield Row(kv, "llama", Setting(parallel=24, context_length=1024), _MUCH_KV)
     cached = Setting(parallel=8, context_length=1024, prefix_cache_bytes=None)
     yield Row(f"{kv}, prefix cache", "llama", cached, _MUCH_KV)
+    for bits in (8, 4):
+        # Slow on a CPU, for which the context is shorter than above.
+        quantized = replace(cached, context_length=512, kv_bits=bits)
+        yield Row(f"{kv}, {bits}-bit KV cache", "llama", quantized, _MUCH_KV)
+    yield Row("8-bit KV cache (gemma3)", "gemma3_text", Setting(parallel=32, kv_bits=8))
 
 
 def quick() -> Iterator[Row]:
@@ -85,7 +90,7 @@ def quick() -> Iterator[Row]:
         *("sliding window (gemma3)", "latent attention (deepseek_v3)", "experts (qwen3_moe)"),
         *("hybrid (granitemoehybrid)", "state space (mamba2)"),
         "NumPy in the model's code (plamo)",
-        "much KV per token, prefix cache",
+        *("much KV per token, prefix cache", "much KV per token, 4-bit KV cache"),
     }
     yield from (row for row in shaped() if row.name in chosen)
 
