@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from runner_server.engine.backend import LoadedModel
 from runner_server.engine.types import Dtype, LoadSpec
-from runner_server.errors import RunnerFault
+from runner_server.errors import InvalidField, RunnerFault
 from runner_server.mlx_backend import MlxBackend
+from runner_server.mlx_backend.loading.kv_trial import rounded_caches
 from tools.local_batch import LocalBatch
 from tools.memory.models import NotWrittenError, scaled, write_model
 from tools.models.generate import (
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 RIGHT = "yes"
 ALONE = "alone"
 NOT_TRIED = "-"
+REFUSED = "refused"
 
 _TOLERANCE_16_BITS = 0.2
 """Tolerance between a 16-bit row in a batch and the same row alone, in natural logarithms."""
@@ -43,6 +45,9 @@ splits prompts by time, so every comparison of these types has ``_TOLERANCE_OF_C
 _TOLERANCE_OF_CUTS = 0.1
 
 _MIB = 1 << 20
+
+_KV_BITS = 4
+"""The fewest bits, with which a fault has the largest effect."""
 
 _LONG = 150
 """Prompt length that exceeds the windows and chunks of every tiny model (32 to 64 tokens) and one
@@ -59,6 +64,9 @@ class Verdict:
         batch: Four staggered rows compared with each row alone; ``alone`` for types that cannot
             be batched.
         prefix: Generation with the prefix cache compared with generation without.
+        kv_bits: Keys and values in 4 bits: in a batch, with the prefix cache, with drafts, and
+            compared with mlx_lm's generation with plain caches of rounded numbers; ``refused`` for
+            types whose keys and values cannot be quantized.
         drafts: Generation with right and wrong drafts compared with generation without; not tried
             with caches that cannot be cut back.
         narrow: bfloat16 as stored: rows in a batch compared with each row alone.
@@ -72,6 +80,7 @@ class Verdict:
     batch: str = NOT_TRIED
     prefix: str = NOT_TRIED
     drafts: str = NOT_TRIED
+    kv_bits: str = NOT_TRIED
     narrow: str = NOT_TRIED
     quantized: str = NOT_TRIED
     dequantized: str = NOT_TRIED
@@ -81,8 +90,8 @@ class Verdict:
     def is_right(self) -> bool:
         """True if every result is right or was not tried."""
         whole = (self.alone, self.batch, self.prefix, self.drafts)
-        found = (*whole, self.narrow, self.quantized, self.dequantized)
-        return all(each in (RIGHT, ALONE, NOT_TRIED) for each in found)
+        found = (*whole, self.kv_bits, self.narrow, self.quantized, self.dequantized)
+        return all(each in (RIGHT, ALONE, NOT_TRIED, REFUSED) for each in found)
 
 
 class Checker:
@@ -101,6 +110,7 @@ class Checker:
         """Run every check on a type of the catalog."""
         verdict = Verdict(model_type)
         verdict.alone = self._attempt(self._float32, verdict)
+        verdict.kv_bits = self._attempt(self._quantized_kv, verdict)
         if not self._quick:
             verdict.narrow = self._attempt(self._narrow, verdict)
             verdict.quantized = self._attempt(self._four_bits, verdict, dequantized=False)
@@ -129,6 +139,23 @@ class Checker:
         verdict.drafts = _compare_drafts(model, tolerance)
         return _compare_with_mlx_lm(model, mlx_lm_model(path, dequantize=False), tolerance)
 
+    def _quantized_kv(self, path: Path, verdict: Verdict) -> str:
+        write_model(path, scaled(verdict.model_type))
+        try:
+            model = self._load(path, kv_bits=_KV_BITS)
+        except InvalidField:
+            return REFUSED
+        tolerance = _tolerance(verdict)
+        found = [_compare_batch(model, tolerance), self._prefix(path, model, tolerance, _KV_BITS)]
+        found.append(_compare_drafts(model, tolerance))
+        reference = mlx_lm_model(path, dequantize=False)
+        pieces = cast("Any", model)._pieces  # noqa: SLF001 - the kinds of the layers' caches
+        found.append(
+            _compare_with_mlx_lm(model, reference, tolerance, lambda: rounded_caches(pieces.new()))
+        )
+        wrong = (each for each in found if each not in (RIGHT, ALONE, NOT_TRIED))
+        return next(wrong, found[0])
+
     def _narrow(self, path: Path, verdict: Verdict) -> str:
         write_model(path, scaled(verdict.model_type), dtype="bfloat16")
         return _compare_batch(self._load(path, Dtype.AS_STORED), _TOLERANCE_16_BITS)
@@ -150,7 +177,7 @@ class Checker:
             return found
         return _compare_with_mlx_lm(model, reference, tolerance)
 
-    def _prefix(self, path: Path, plain: LoadedModel, tolerance: float) -> str:
+    def _prefix(self, path: Path, plain: LoadedModel, tolerance: float, kv_bits: int = 0) -> str:
         """Compare cached runs of extended, diverging and repeated prompts with uncached ones."""
         prompts = [
             _prompt(_LONG),
@@ -159,7 +186,7 @@ class Checker:
             [*_prompt(_LONG), *_prompt(40, 5)],
             [*_prompt(_LONG), *_prompt(20, 5), *_prompt(50, 3)],
         ]
-        kept = self._load(path, prefix_cache_bytes=64 * _MIB)
+        kept = self._load(path, prefix_cache_bytes=64 * _MIB, kv_bits=kv_bits)
         cached = 0
         for prompt in prompts:
             some, other = Row(prompt), Row(prompt)
@@ -171,7 +198,11 @@ class Checker:
         return RIGHT if cached else "the prefix cache was not used"
 
     def _load(
-        self, path: Path, dtype: Dtype = Dtype.AS_STORED, prefix_cache_bytes: int = 0
+        self,
+        path: Path,
+        dtype: Dtype = Dtype.AS_STORED,
+        prefix_cache_bytes: int = 0,
+        kv_bits: int = 0,
     ) -> LoadedModel:
         spec = LoadSpec(
             str(path),
@@ -179,6 +210,7 @@ class Checker:
             dtype=dtype,
             context_length=512,
             prefix_cache_bytes=prefix_cache_bytes,
+            kv_bits=kv_bits,
             # The reference is mlx_lm, even where it ignores settings of the model.
             allow_inexact=True,
         )
@@ -228,10 +260,16 @@ def _compare_drafts(model: LoadedModel, tolerance: float) -> str:
     return RIGHT
 
 
-def _compare_with_mlx_lm(model: LoadedModel, reference: Any, tolerance: float) -> str:
+def _compare_with_mlx_lm(
+    model: LoadedModel,
+    reference: Any,
+    tolerance: float,
+    new_caches: Callable[[], Sequence[Any] | None] = lambda: None,
+) -> str:
     for length in (1, 3, 40, _LONG):
         row = Row(_prompt(length))
         generate_in_batch(LocalBatch.of(model), [row])
-        if wrong := difference(row.tokens, generate_with_mlx_lm(reference, row.prompt), tolerance):
+        expected = generate_with_mlx_lm(reference, row.prompt, new_caches())
+        if wrong := difference(row.tokens, expected, tolerance):
             return f"prompt of {length} tokens: {wrong}"
     return RIGHT

@@ -92,13 +92,16 @@ def generate_with_drafts(model: LoadedModel, row: Row, ids: Sequence[int]) -> No
     row.tokens = [cast("TokenLogprob", token.logprob) for token in tokens]
 
 
-def generate_with_mlx_lm(model: Any, prompt: Sequence[int]) -> list[TokenLogprob]:
-    """Generate with mlx_lm's own ``generate_step``."""
+def generate_with_mlx_lm(
+    model: Any, prompt: Sequence[int], caches: Sequence[Any] | None = None
+) -> list[TokenLogprob]:
+    """Generate with mlx_lm's own ``generate_step``, in its usual caches or given ones."""
     # `mlx_lm.generate` is a function as an attribute of the package.
     from mlx_lm.generate import generate_step
 
     tokens = []
-    for token, logprobs in generate_step(mx.array(list(prompt)), model, max_tokens=COUNT):
+    steps = generate_step(mx.array(list(prompt)), model, max_tokens=COUNT, prompt_cache=caches)
+    for token, logprobs in steps:
         values = logprobs.astype(mx.float32)
         ids = mx.argsort(-values)[:TOP]
         top = zip(cast("list[int]", ids.tolist()), values[ids].tolist(), strict=True)

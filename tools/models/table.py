@@ -14,7 +14,7 @@ from tools.memory.catalog import LEFT_OUT
 from tools.models.check import ALONE, Verdict
 
 _COLUMNS = (
-    *("type", "alone", "batch", "prefix cache", "drafts"),
+    *("type", "alone", "batch", "prefix cache", "drafts", "kv_bits"),
     *("bfloat16", "4 bits", "dequantized", "notes"),
 )
 _HEAD = f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}"
@@ -33,7 +33,9 @@ def document(path: Path, verdicts: Sequence[Verdict]) -> None:
 def table(verdicts: Sequence[Verdict]) -> str:
     """Return the table, including the types left out of the catalog."""
     rows = [row(verdict) for verdict in verdicts]
-    left_out = [f"| {name} | - | - | - | - | - | - | - | {why} |" for name, why in LEFT_OUT.items()]
+    left_out = [
+        f"| {name} | - | - | - | - | - | - | - | - | {why} |" for name, why in LEFT_OUT.items()
+    ]
     return "\n".join([_HEAD, *sorted([*rows, *left_out], key=str.lower)])
 
 
@@ -41,7 +43,7 @@ def row(verdict: Verdict) -> str:
     """Return the table row of a type."""
     v = verdict
     notes = _short(v.model_type, v.notes)
-    whole = (v.alone, v.batch, v.prefix, v.drafts)
+    whole = (v.alone, v.batch, v.prefix, v.drafts, v.kv_bits)
     cells = (*whole, v.narrow, v.quantized, v.dequantized, notes)
     return f"| {v.model_type} | " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
