@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from runner_server.engine.backend import LoadedModel
 from runner_server.engine.prefix_disk import BLOCK_TOKENS
 from runner_server.engine.types import Dtype, Sampling
 from runner_server.errors import InvalidField, RunnerFault
+from support.embedding_models import say_that_it_embeds
 from support.prefix_bench import Bench, random_prompt
 from support.rows import GREEDY, Row, run_alone, run_together
 from tools.local_batch import decode_with_drafts, start_alone
@@ -198,6 +200,16 @@ def test_other_models_decode_rows_together(
         alone = model._model(mx.array([[5 + slot]]), cache=own)[0, -1]
         assert mx.allclose(together[slot], alone, atol=0.02)
         assert [type(each) for each in view(batch, slot)] == [type(each) for each in own]
+
+
+def test_texts_to_embed_do_not_share_a_call(
+    load: Callable[..., LoadedModel], tmp_path: Path
+) -> None:
+    """Without caches, which such a call does not need, keys and values would not be quantized."""
+    path = say_that_it_embeds(Path(shutil.copytree(DEMO, tmp_path / "demo")))
+    plain, quantized = (load(path, kv_bits=bits).prefill_limits.max_texts(9) for bits in (0, 8))
+    assert plain > 1
+    assert quantized == 1
 
 
 REFUSED = {

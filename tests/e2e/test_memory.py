@@ -71,22 +71,38 @@ async def fill(runner: AsyncRunnerProcess, streams: int, seed: int = 1) -> None:
 
 
 @pytest.mark.parametrize(
-    "prefix_cache_bytes", sampled([0, None, 24 * MIB], [None]), ids=["off", "default", "fixed"]
+    ("prefix_cache_bytes", "kv_bits"),
+    sampled([(0, 0), (None, 0), (24 * MIB, 0), (None, 4)], [(None, 0), (None, 4)]),
+    ids=["off", "default", "fixed", "quantized"],
 )
 async def test_the_estimate_holds_and_an_idle_runner_frees_its_heap(
-    model_dir: Build, prefix_cache_bytes: int | None
+    model_dir: Build, prefix_cache_bytes: int | None, kv_bits: int
 ) -> None:
     async with AsyncRunnerProcess(
         str(model_dir(**WIDE)),
         parallel=8,
         context_length=CONTEXT,
         prefix_cache_bytes=prefix_cache_bytes,
+        kv_bits=kv_bits,
     ) as runner:
         loaded = process_bytes(runner.pid)
         await fill(runner, 8)
-        usage = (await runner.status()).memory_usage
-        estimate = runner.estimate
+        status, estimate = await runner.status(), runner.estimate
+        assert status.model
         assert estimate
+        assert status.model.kv_bits == kv_bits
+        # A scale and a bias in float32 for 64 numbers of half a byte.
+        numbers = 8 * CONTEXT * 4 * 2 * 2 * 128
+        assert estimate.kv_bytes == numbers * (0.625 if kv_bits else 4)
+        own = await runner.client.estimate(
+            runner.model_path,
+            parallel=8,
+            context_length=CONTEXT,
+            prefix_cache_bytes=prefix_cache_bytes,
+            kv_bits=kv_bits,
+        )
+        assert own.total_bytes == estimate.total_bytes
+        usage = status.memory_usage
         peak = process_bytes(runner.pid, "VmHWM")
         assert 0.6 * estimate.total_bytes <= peak <= estimate.total_bytes
         assert usage.peak_bytes <= usage.limit_bytes
