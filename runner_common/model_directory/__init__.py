@@ -4,6 +4,7 @@ Client and server share this code, so that the server loads exactly the models t
 gate accepts.
 """
 
+from runner_common.model_directory.adapter import AdapterFiles, read_adapter
 from runner_common.model_directory.configuration import Configuration, text_part
 from runner_common.model_directory.embedding import EmbeddingFiles
 from runner_common.model_directory.errors import (
@@ -19,6 +20,7 @@ from runner_common.model_directory.rope import has_rope_by_kind, rope_kind
 from runner_common.model_directory.weight_files import StoredTensor
 
 __all__ = [
+    "AdapterFiles",
     "Configuration",
     "EmbeddingFiles",
     "Located",
@@ -32,6 +34,7 @@ __all__ = [
     "is_lfs_pointer",
     "lfs_error",
     "locate",
+    "read_adapter",
     "read_model_directory",
     "rope_kind",
     "text_part",
