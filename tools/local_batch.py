@@ -42,10 +42,11 @@ class LocalBatch:
         *,
         matcher: Matcher | None = None,
         max_drafted: int = 0,
+        adapter: str = "",
     ) -> None:
         """Add a row; the following steps prefill the prompt."""
         policy = cache_policy or CachePolicy()
-        self.executor.add(row, prompt_ids, sampling, policy, matcher)
+        self.executor.add(row, prompt_ids, sampling, policy, matcher, adapter)
         needs_logits = sampling.prompt_logprobs is not None
         self._planner.add(
             row, prompt_ids, policy, needs_logits=needs_logits, max_drafted=max_drafted
@@ -90,10 +91,11 @@ def start_alone(
     prompt_ids: Sequence[int],
     sampling: Sampling,
     matcher: Matcher | None = None,
+    adapter: str = "",
 ) -> Executor:
     """Return an executor whose row 0 has its whole prompt in the caches and joins next."""
     executor = model.new_executor()
-    executor.add(0, prompt_ids, sampling, CachePolicy(writes=False), matcher)
+    executor.add(0, prompt_ids, sampling, CachePolicy(writes=False), matcher, adapter)
     count = len(prompt_ids) - 1
     executor.run(PrefillItem((PromptChunk(0, 0, count, is_stored=False),)))
     return executor

@@ -53,6 +53,7 @@ class NeedRequest:
         prefix_cache_bytes: Byte budget of the prefix cache; None for the default.
         allow_inexact: Whether to plan a model that cannot be computed exactly as its files say.
         kv_bits: Bits of a number in the KV caches; 0 for the format of the weights.
+        adapters: Names and directories of the adapters to load with it.
     """
 
     path: str
@@ -63,6 +64,7 @@ class NeedRequest:
     prefix_cache_bytes: int | None = None
     allow_inexact: bool = False
     kv_bits: int = 0
+    adapters: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +264,7 @@ def _identity(request: NeedRequest, preloaded: str) -> str:
         preloaded,
         sys.version,
         *_stamps(Path(request.path)),
+        *(stamp for _, path in request.adapters for stamp in _stamps(Path(path))),
         *(f"{name} {_version(name)}" for name in _VERSIONS),
         *_code_stamps(),
     ]

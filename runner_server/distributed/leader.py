@@ -28,7 +28,7 @@ from runner_server.engine.types import (
     Sampling,
 )
 from runner_server.engine.work import DecodeItem, EmbedItem, PrefillItem, WorkItem, WorkReport
-from runner_server.errors import RunnerFault
+from runner_server.errors import InvalidField, RunnerFault
 
 _POLL_SECONDS = 0.1
 """Interval at which a load waiting for other ranks checks for cancellation."""
@@ -141,7 +141,10 @@ class LeaderBackend:
         return self._backend.open()
 
     def check(self, spec: LoadSpec) -> None:
-        """Check the model's files on this rank; see ``Backend.check``."""
+        """Check the model's files on this rank, and refuse adapters; see ``Backend.check``."""
+        if spec.adapters:
+            text = "a model that several ranks hold cannot have adapters; fuse one with mlx_lm.fuse"
+            raise InvalidField([("adapters", text)])
         self._backend.check(spec)
 
     def load(self, spec: LoadSpec, report: Callable[[int], None]) -> LoadedModel:
@@ -269,6 +272,7 @@ class LeaderExecutor:
         sampling: Sampling,
         cache_policy: CachePolicy,
         matcher: Matcher | None = None,
+        adapter: str = "",  # noqa: ARG002 - loads with adapters are refused
     ) -> None:
         """See ``Executor.add``. Only this rank has the matcher: the others take its tokens."""
         message = msg.AddRow(row, tuple(prompt_ids), sampling, cache_policy)

@@ -188,6 +188,7 @@ class Executor(Protocol):
         sampling: Sampling,
         cache_policy: CachePolicy,
         matcher: Matcher | None = None,
+        adapter: str = "",
     ) -> None:
         """Add a row. Later work items prefill the prompt and make the row join the batch.
 
@@ -197,6 +198,7 @@ class Executor(Protocol):
             sampling: The sampling options.
             cache_policy: Use of the prefix cache.
             matcher: Limits the tokens that may be drawn; made by the grammars of the same model.
+            adapter: Name of the row's adapter; empty for the model without one.
         """
         ...
 

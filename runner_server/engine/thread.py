@@ -358,4 +358,11 @@ def _add(request: AnyRequest, executor: Executor) -> None:
         executor.add_texts(request.id, request.spec.texts)
         return
     spec = request.spec
-    executor.add(request.id, spec.prompt_ids, spec.sampling, spec.cache_policy, request.matcher)
+    executor.add(
+        request.id,
+        spec.prompt_ids,
+        spec.sampling,
+        spec.cache_policy,
+        request.matcher,
+        spec.adapter,
+    )

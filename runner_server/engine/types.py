@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from runner_common.contract import DEFAULT_PARALLEL
 from runner_server.chat.format import ChatFormat
+from runner_server.engine.adapters import AdapterInfo, AdapterSpec
 from runner_server.engine.embedding.types import Embedded, EmbeddingInfo
 from runner_server.engine.logprobs import PromptLogprobs, TokenLogprob
 from runner_server.engine.prefix_disk import DiskCounters
@@ -59,6 +60,7 @@ class LoadSpec:
         memory_override: Load the model even if it does not fit.
         allow_inexact: Load the model even if it cannot be computed exactly as its files say.
         kv_bits: Bits of a number in the KV caches; 0 = the format of the weights.
+        adapters: Adapters to load with the model.
     """
 
     model: str
@@ -70,6 +72,7 @@ class LoadSpec:
     memory_override: bool = False
     allow_inexact: bool = False
     kv_bits: int = 0
+    adapters: tuple[AdapterSpec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class ModelInfo:
         completes: Whether the model has an output layer, without which it only embeds texts.
         embedding: Whether and how the model embeds texts.
         kv_bits: Bits of a number in the KV caches; 0 = the format of the weights.
+        adapters: The adapters that requests may select.
     """
 
     name: str
@@ -115,6 +119,7 @@ class ModelInfo:
     completes: bool = True
     embedding: EmbeddingInfo = field(default_factory=EmbeddingInfo)
     kv_bits: int = 0
+    adapters: tuple[AdapterInfo, ...] = ()
 
 
 TOOL_CALLS = "tool_calls"
@@ -200,6 +205,7 @@ class CompletionSpec:
         request_id: The caller's name for the request, not necessarily unique; may be empty.
         priority: Higher first among waiting requests.
         cache_policy: Use of the prefix cache.
+        adapter: Name of the adapter; empty for the model without one.
     """
 
     prompt_ids: tuple[int, ...]
@@ -211,6 +217,7 @@ class CompletionSpec:
     request_id: str = ""
     priority: int = 0
     cache_policy: CachePolicy = field(default_factory=CachePolicy)
+    adapter: str = ""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from runner_server.engine.types import (
     Sampling,
     Token,
 )
+from runner_server.mlx_backend.adapters.selection import BASE, Selection
 from runner_server.mlx_backend.cache.row_caches import (
     Caches,
     compact,
@@ -76,6 +77,7 @@ class Row:
         caches: The row's caches while it is not in the batch.
         logprobs: Log probabilities of the input of the next step, if requested.
         is_finite: Whether the logits of every token read so far are finite.
+        adapter: Number of the row's adapter.
     """
 
     id: int
@@ -90,6 +92,7 @@ class Row:
     caches: Caches = field(default_factory=list)
     logprobs: RowLogprobs | None = None
     is_finite: bool = True
+    adapter: int = BASE
 
 
 class DecodeBatch:
@@ -114,13 +117,21 @@ class DecodeBatch:
         model: The model, with weights read.
         vocab_size: Number of token ids scored by the output layer.
         agree: Replaces drawn tokens with those of rank 0; None if there is one rank.
+        selection: The adapter of each row of a call of the model.
 
     Attributes:
         rows: The rows in the order of their slots.
     """
 
-    def __init__(self, model: Module, vocab_size: int, agree: Agree | None = None) -> None:
+    def __init__(
+        self,
+        model: Module,
+        vocab_size: int,
+        agree: Agree | None = None,
+        selection: Selection | None = None,
+    ) -> None:
         self._model = model
+        self._selection = selection or Selection()
         self._agree = agree
         self._vocab_size = vocab_size
         self._mask_rows = MaskRows(vocab_size)
@@ -205,7 +216,7 @@ class DecodeBatch:
             come last.
         """
         previous = self._in_flight
-        logits = self._model(previous.tokens[:, None], cache=self._caches)[:, -1, :]
+        logits = self._logits(previous.tokens[:, None])[:, -1, :]
         if self._is_constrained:
             mx.async_eval(previous.tokens, previous.finite)
             mx.async_eval(logits)
@@ -243,7 +254,7 @@ class DecodeBatch:
         if not (draft and is_finite):
             return None
         ids = [value, *draft]
-        logits = self._model(mx.array([ids], dtype=mx.uint32), cache=self._caches)[0]
+        logits = self._logits(mx.array([ids], dtype=mx.uint32))[0]
         step, logprobs = self._draft_drawing(logits, row.tokens, ids, row.drawn, matchers)
         drawn = step.read()
         if not all(is_finite for _, is_finite in drawn) or any(each.failure for each in matchers):
@@ -261,6 +272,12 @@ class DecodeBatch:
             events.append(self._event(row, *drawn[index], is_drafted=index < accepted))
         self._in_flight = InFlightStep.known([drawn[accepted][0]], [True])
         return CheckedDraft(events, len(draft))
+
+    def _logits(self, tokens: mx.array) -> mx.array:
+        """Return the logits after each of some tokens of all rows (rows x tokens x vocabulary)."""
+        with self._selection.of([row.adapter for row in self.rows]):
+            logits: mx.array = self._model(tokens, cache=self._caches)
+        return logits
 
     def _draw(
         self, logits: mx.array, inputs: mx.array

@@ -14,6 +14,7 @@ from typing import Any
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.memory.need_query import NeedAnswer, NeedRequest
 from runner_common.signals import reset_inherited_signals
+from runner_server.engine.adapters import AdapterSpec
 from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.errors import InvalidField, ModelUnsupported, RunnerFault
 from runner_server.mlx_backend.backend import use_offline
@@ -38,6 +39,7 @@ def answer(request: NeedRequest) -> NeedAnswer:
         prefix_cache_bytes=request.prefix_cache_bytes,
         allow_inexact=request.allow_inexact,
         kv_bits=request.kv_bits,
+        adapters=tuple(AdapterSpec(name, path) for name, path in request.adapters),
     )
     # Some models evaluate arrays while they are built.
     with kernels_of_this_run(checks=False):

@@ -26,6 +26,7 @@ from runner_server.engine.work import (
     WorkItem,
     WorkReport,
 )
+from runner_server.mlx_backend.adapters.selection import NO_ADAPTERS, Attached
 from runner_server.mlx_backend.cache.row_caches import (
     CachePieces,
     Caches,
@@ -102,6 +103,7 @@ class MlxExecutor:
         budget: The memory of the batch; None = unlimited.
         disk: The prefix cache on disk; None without one.
         texts: Computes vectors of texts; None for a model that does not embed.
+        adapters: The model's adapters.
     """
 
     def __init__(
@@ -115,8 +117,10 @@ class MlxExecutor:
         budget: BatchBudget | None = None,
         disk: MlxDiskTier | None = None,
         texts: TextModel | None = None,
+        adapters: Attached = NO_ADAPTERS,
     ) -> None:
         self._model = model
+        self._adapters = adapters
         self._vocab_size = vocab_size
         self._pieces = pieces
         self._prefix_cache = prefix_cache
@@ -125,7 +129,7 @@ class MlxExecutor:
         self._clock = clock
         # Rows with separate caches: in prefill, prefilled, or preempted.
         self._outside: dict[int, Row] = {}
-        self._decoding = DecodeBatch(model, vocab_size, agree)
+        self._decoding = DecodeBatch(model, vocab_size, agree, adapters.selection)
         self._agree = agree
         self._texts = TextRows(texts) if texts else None
 
@@ -136,11 +140,18 @@ class MlxExecutor:
         sampling: Sampling,
         cache_policy: CachePolicy,
         matcher: Matcher | None = None,
+        adapter: str = "",
     ) -> None:
         """Add a row; see ``Executor.add``."""
-        own, caches = cast("RowMatcher | None", matcher), self._pieces.new()
         self._outside[row] = Row(
-            row, sampling, prompt_ids, prompt_ids[-1], cache_policy, own, caches=caches
+            row,
+            sampling,
+            prompt_ids,
+            prompt_ids[-1],
+            cache_policy,
+            cast("RowMatcher | None", matcher),
+            caches=self._pieces.new(),
+            adapter=self._adapters.number(adapter),
         )
 
     def add_texts(self, row: int, texts: Sequence[Sequence[int]]) -> None:
@@ -258,8 +269,10 @@ class MlxExecutor:
         longest = len(rows[0].tokens) + max(map(len, ids))
         self._compact_to_fit(len(rows) * self._budget.row_bytes(longest))
         began = self._clock()
-        found = self._prefill_with_logprobs(rows[0], ids[0])
-        caches = [rows[0].caches] if found else self._prefill_rows(rows, ids)
+        numbers = [row.adapter for row in rows]
+        with self._adapters.selection.of(numbers, max(map(len, ids))):
+            found = self._prefill_with_logprobs(rows[0], ids[0])
+            caches = [rows[0].caches] if found else self._prefill_rows(rows, ids)
         seconds = self._clock() - began
         for row, chunk, tokens, own in zip(rows, chunks, ids, caches, strict=True):
             row.caches = own

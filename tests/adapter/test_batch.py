@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from runner_server.engine.backend import LoadedModel
-from runner_server.engine.types import Sampling, Token
+from runner_server.engine.types import CachePolicy, Sampling, Token
 from support.logprobs import assert_logprobs_close
 from support.rows import GREEDY, Row, run_alone, run_together
 from support.sweeps import diagonal, sampled
@@ -138,7 +138,7 @@ _CHILD = """
 import sys
 from support.rows import Row, run_alone, run_together, run_rows, run_alone
 from runner_server.mlx_backend import MlxBackend
-from runner_server.engine.types import LoadSpec, Sampling
+from runner_server.engine.types import CachePolicy, LoadSpec, Sampling
 backend = MlxBackend()
 backend.open()
 model = backend.load(LoadSpec(sys.argv[1], parallel=2), lambda _: None)
@@ -194,12 +194,11 @@ def test_temperature_zero_matches_batches_of_mlx_lm(trained: LoadedModel, arrive
     assert run_together(trained, rows) == [generated[uid] for uid in uids]
 
 
-def _run_with_preemptions(
-    batch: LocalBatch, rows: list[Row], preempt_steps: dict[int, int]
-) -> None:
+def run_with_preemptions(batch: LocalBatch, rows: list[Row], preempt_steps: dict[int, int]) -> None:
     """Run rows; preempt row ``i`` for ``preempt_steps[i]`` steps after each of its tokens."""
     for id_, row in enumerate(rows):
-        batch.add(id_, row.prompt, row.sampling)
+        policy = CachePolicy(salt=row.adapter)
+        batch.add(id_, row.prompt, row.sampling, policy, adapter=row.adapter)
     live, waits = set(range(len(rows))), dict[int, int]()
     while live:
         for id_ in [id_ for id_, left in waits.items() if left <= 0 or live == set(waits)]:
@@ -224,7 +223,7 @@ def _run_with_preemptions(
 def test_a_lone_row_preempted_at_every_step_continues_correctly(trained: LoadedModel) -> None:
     rows = _rows(trained, MIXED, 16)
     for row, ids in zip(rows, _alone(trained, rows), strict=True):
-        _run_with_preemptions(LocalBatch.of(trained), [row], {0: 0})
+        run_with_preemptions(LocalBatch.of(trained), [row], {0: 0})
         assert row.ids == ids
 
 
@@ -232,7 +231,7 @@ def test_a_lone_row_preempted_at_every_step_continues_correctly(trained: LoadedM
 def test_rows_preempted_at_every_step_continue_correctly(trained: LoadedModel, steps: int) -> None:
     rows = _rows(trained, MIXED, 16)
     expected = _alone(trained, rows)
-    _run_with_preemptions(
+    run_with_preemptions(
         LocalBatch.of(trained), rows, {0: steps, 3: steps + 1, 4: 0, 6: steps, 7: steps}
     )
     assert [row.ids for row in rows] == expected
@@ -251,7 +250,7 @@ def test_a_preempted_row_keeps_its_log_probabilities(
     prompts = [[draw.randrange(1, 500) for _ in range(n)] for n in lengths]
     sampling = replace(GREEDY, logprobs=20, logprob_token_ids=(3, 4))
     rows = [Row(prompt, 16, sampling) for prompt in prompts]
-    _run_with_preemptions(LocalBatch.of(model), rows, dict.fromkeys(range(0, among, 2), 2))
+    run_with_preemptions(LocalBatch.of(model), rows, dict.fromkeys(range(0, among, 2), 2))
     for row in rows:
         single = Row(row.prompt, 16, sampling)
         run_together(model, [single])

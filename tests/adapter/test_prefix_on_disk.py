@@ -68,16 +68,17 @@ def loads(backend: MlxBackend, tmp_path: Path) -> Loads:
     return Loads(backend, tmp_path / "prefixes")
 
 
-def _run(
+def run_row(
     model: Any,
     prompt: Sequence[int],
     sampling: Sampling = GREEDY,
     policy: CachePolicy | None = None,
+    adapter: str = "",
 ) -> tuple[list[int], int]:
     """Return the first tokens, and how many of the prompt were cached."""
     batch, cached = LocalBatch.of(model), 0
     ids: list[int] = []
-    batch.add(0, prompt, sampling, policy)
+    batch.add(0, prompt, sampling, policy, adapter=adapter)
     while len(ids) < 8:
         for event in batch.step():
             if isinstance(event, Token):
@@ -94,10 +95,10 @@ def test_the_text_is_the_same_after_another_load(loads: Loads, sampling: Samplin
     # Trained weights, because those of random ones have near-ties.
     prompt, spec = random_prompt(900, 1), {"context_length": 1024, "prefix_cache_bytes": 64 << 20}
     with loads.load(DEMO, **spec) as model:
-        first, cached = _run(model, prompt, sampling)
+        first, cached = run_row(model, prompt, sampling)
         assert (cached, model.info.warnings) == (0, ())
     with loads.load(DEMO, **spec) as model:
-        assert _run(model, prompt, sampling) == (first, 896)
+        assert run_row(model, prompt, sampling) == (first, 896)
         counters = model.disk_counters
     assert counters.written_bytes == 0
     assert counters.read_bytes > 0
@@ -192,7 +193,7 @@ def test_nothing_of_a_prompt_that_failed_stays_on_disk(
         batch.close()
     assert not loads.files
     with loads.load(path) as model:
-        _run(model, sound)
+        run_row(model, sound)
     assert len(loads.files) == WHOLE // BLOCK_TOKENS
 
 
@@ -205,20 +206,20 @@ def test_a_copy_that_fails_costs_no_request(
     with loads.load(model_dir()) as model:
         with monkeypatch.context() as patch:
             patch.setattr(model._disk._ops, "encode", fail)
-            _run(model, random_prompt(LENGTH, 7))
+            run_row(model, random_prompt(LENGTH, 7))
             assert not model.save_prefixes(is_idle=True)
         assert not loads.files
-        _run(model, random_prompt(LENGTH, 8))
+        run_row(model, random_prompt(LENGTH, 8))
     assert len(loads.files) == WHOLE // BLOCK_TOKENS
 
 
 def test_salts_and_bypass_are_kept_apart(loads: Loads, model_dir: Callable[..., Path]) -> None:
     prompt, path = random_prompt(LENGTH, 2), model_dir()
     with loads.load(path) as model:
-        _run(model, prompt, policy=CachePolicy(writes=False))
+        run_row(model, prompt, policy=CachePolicy(writes=False))
     assert not loads.files
     with loads.load(path) as model:
-        _run(model, prompt, policy=CachePolicy(salt="one"))
+        run_row(model, prompt, policy=CachePolicy(salt="one"))
     assert len(loads.files) == WHOLE // BLOCK_TOKENS
     with loads.load(path) as model:
         policies = [
@@ -227,7 +228,7 @@ def test_salts_and_bypass_are_kept_apart(loads: Loads, model_dir: Callable[..., 
             CachePolicy(reads=False, writes=False, salt="one"),
             CachePolicy(salt="one"),
         ]
-        cached = [_run(model, prompt, policy=policy)[1] for policy in policies]
+        cached = [run_row(model, prompt, policy=policy)[1] for policy in policies]
     assert cached == [0, 0, 0, WHOLE]
 
 
@@ -278,11 +279,11 @@ def test_only_the_same_model_finds_its_entries(
     shutil.copytree(model_dir(), path)
     prompt = random_prompt(LENGTH, 3)
     with loads.load(path) as model:
-        _run(model, prompt)
+        run_row(model, prompt)
     change(path)
     dtype = {name: Dtype(value) for name, value in spec.items()}
     with loads.load(path, **dtype) as model:
-        assert _run(model, prompt)[1] == expected
+        assert run_row(model, prompt)[1] == expected
 
 
 def test_the_digest_of_unchanged_files_is_remembered(
@@ -290,17 +291,17 @@ def test_the_digest_of_unchanged_files_is_remembered(
 ) -> None:
     path, prompt = model_dir(), random_prompt(LENGTH, 4)
     with loads.load(path) as model:
-        _run(model, prompt)
+        run_row(model, prompt)
     monkeypatch.setattr(
-        "runner_server.mlx_backend.loading.model_digest.ModelFiles._compute",
+        "runner_server.mlx_backend.loading.model_digest.DigestedFiles._compute",
         lambda _self, _beat: "0" * 64,
     )
     with loads.load(path) as model:
-        assert _run(model, prompt)[1] == WHOLE
+        assert run_row(model, prompt)[1] == WHOLE
     (digest,) = loads.settings.directory.glob("*.digest")
     digest.write_text("damaged")
     with loads.load(path) as model:
-        assert _run(model, prompt)[1] == 0
+        assert run_row(model, prompt)[1] == 0
 
 
 def test_reading_the_files_is_progress_and_can_be_cancelled(
@@ -331,7 +332,7 @@ def test_a_model_with_prefixes_on_disk_is_freed(
     prompt = random_prompt(LENGTH, 9)
     for _ in range(2):
         with loads.load(model_dir()) as model:
-            _run(model, prompt)
+            run_row(model, prompt)
             assert backend.memory().disk is not None
         del model
         backend.release()
@@ -355,7 +356,7 @@ def test_caches_that_cannot_be_cut_are_refused_by_name(
 ) -> None:
     with loads.load(model_dir(shape)) as model:
         assert name in _warning(model)
-        _run(model, random_prompt(BLOCK_TOKENS + 2, 5))
+        run_row(model, random_prompt(BLOCK_TOKENS + 2, 5))
     assert not loads.files
 
 
@@ -366,7 +367,7 @@ def test_a_directory_open_to_others_is_not_used(
     loads.settings.directory.chmod(0o755)
     with loads.load(model_dir()) as model:
         assert "is open to other users (mode 0755)" in _warning(model)
-        _run(model, random_prompt(LENGTH, 5))
+        run_row(model, random_prompt(LENGTH, 5))
     assert not [*loads.settings.directory.iterdir()]
 
 
@@ -376,7 +377,7 @@ def test_a_path_that_is_no_directory_is_not_used(
     loads.settings.directory.write_text("a file")
     with loads.load(model_dir()) as model:
         assert "File exists" in _warning(model)
-        _run(model, random_prompt(50, 5))
+        run_row(model, random_prompt(50, 5))
 
 
 @pytest.mark.parametrize(
@@ -389,7 +390,7 @@ def test_budgets_too_small_for_a_block_are_named(
     loads.settings = replace(loads.settings, budget_bytes=budget)
     with loads.load(model_dir(), prefix_cache_bytes=memory) as model:
         assert text in _warning(model)
-        _run(model, random_prompt(50, 5))
+        run_row(model, random_prompt(50, 5))
 
 
 def test_blocks_in_transit_are_within_the_budget_of_memory(

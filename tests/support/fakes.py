@@ -12,6 +12,7 @@ from typing import Any
 
 from runner_server.chat.format import CONTENT, REASONING, AnswerFormat, ChatFormat
 from runner_server.chat.reasoning import Reasoning
+from runner_server.engine.adapters import AdapterInfo
 from runner_server.engine.backend import Codec, Grammar, Matcher
 from runner_server.engine.embedding.types import Embedded, EmbeddingInfo
 from runner_server.engine.logprobs import PromptLogprobs, TokenLogprob
@@ -198,12 +199,14 @@ class FakeExecutor:
         sampling: Sampling,
         cache_policy: CachePolicy,
         matcher: Matcher | None = None,
+        adapter: str = "",
     ) -> None:
         """See ``Executor.add``."""
         assert prompt_ids, "an empty prompt must not get here"
         if cache_policy != CachePolicy():
             self._backend.policies.append(cache_policy)
         self._backend.matchers.append(matcher)
+        self._backend.adapters.append(adapter)
         assert row not in self.rows
         reply = self._backend.reply(prompt_ids, sampling)
         self.rows[row] = _Row(reply, sampling, [*prompt_ids])
@@ -407,6 +410,7 @@ class FakeBackend:
         policies: The use of the prefix cache by rows with a policy of their own, in the order the
             rows were added.
         matchers: The matcher of every row, in that order.
+        adapters: The adapter of every row, in that order.
         weight_bytes: Weights held now.
         embeds: Whether loaded models embed texts.
         completes: Whether loaded models complete texts.
@@ -434,6 +438,7 @@ class FakeBackend:
     prefix_cache_limits: list[int] = field(default_factory=list)
     policies: list[CachePolicy] = field(default_factory=list)
     matchers: list[Matcher | None] = field(default_factory=list)
+    adapters: list[str] = field(default_factory=list)
     weight_bytes: int = 0
     embeds: bool = True
     completes: bool = True
@@ -469,6 +474,10 @@ class FakeBackend:
             kv_budget_bytes=self.kv_budget_bytes,
             chat=self.chat,
             completes=self.completes,
+            adapters=tuple(
+                AdapterInfo(each.name, each.path, f"digest of {each.path}")
+                for each in spec.adapters
+            ),
         )
         if self.embeds:
             info = replace(info, embedding=EmbeddingInfo(2, info.context_length, problem=""))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from runner_server.engine.backend import LoadedModel, Matcher
 from runner_server.engine.logprobs import TokenLogprob
-from runner_server.engine.types import Prefill, Sampling, Token
+from runner_server.engine.types import CachePolicy, Prefill, Sampling, Token
 from tools.local_batch import LocalBatch
 
 GREEDY = Sampling(temperature=0)
@@ -24,6 +24,7 @@ class Row:
         ends: Tokens after which the row ends before ``count``.
         may_be_drafted: Whether tokens are drafted while the row is alone.
         accepted: Number of tokens that were drafted.
+        adapter: Name of the adapter; also the salt of the prefix cache.
     """
 
     prompt: Sequence[int]
@@ -34,6 +35,7 @@ class Row:
     ends: Collection[int] = ()
     may_be_drafted: bool = False
     accepted: int = 0
+    adapter: str = ""
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     progress: list[tuple[int, int]] = field(default_factory=list)
@@ -52,7 +54,15 @@ def run_rows(batch: LocalBatch, rows: Sequence[Row]) -> list[list[int]]:
         for id_ in [id_ for id_, row in waiting.items() if row.late <= step]:
             row = active[id_] = waiting.pop(id_)
             most = row.count if row.may_be_drafted else 0
-            batch.add(id_, row.prompt, row.sampling, matcher=row.matcher, max_drafted=most)
+            batch.add(
+                id_,
+                row.prompt,
+                row.sampling,
+                CachePolicy(salt=row.adapter),
+                matcher=row.matcher,
+                max_drafted=most,
+                adapter=row.adapter,
+            )
         if active:
             _step(batch, active)
         elif not waiting:
@@ -94,4 +104,4 @@ def run_alone(model: LoadedModel, row: Row) -> list[int]:
     Not a constrained row, whose matcher would be used twice.
     """
     assert row.matcher is None
-    return run_together(model, [Row(row.prompt, row.count, row.sampling)])[0]
+    return run_together(model, [Row(row.prompt, row.count, row.sampling, adapter=row.adapter)])[0]

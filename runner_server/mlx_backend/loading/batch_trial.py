@@ -9,7 +9,8 @@ models that compute a wrong answer: it decodes rows together and alone, and comp
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import mlx.core as mx
@@ -37,13 +38,26 @@ rounding in 16 bits causes next to nothing either. On a GPU, batched and single 
 in each bit of bfloat16, and select other experts."""
 
 
-def try_together(model: Module, pieces: CachePieces, vocab_size: int, rows: int) -> str | None:
+Select = Callable[[Sequence[int]], AbstractContextManager[object]]
+
+
+def _select_nothing(_rows: Sequence[int]) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+def try_together(
+    model: Module,
+    pieces: CachePieces,
+    vocab_size: int,
+    rows: int,
+    select: Select = _select_nothing,
+) -> str | None:
     """Return why rows of a model must not be decoded together; None if they may.
 
     See :func:`deviation` for the arguments.
     """
     try:
-        found = deviation(model, pieces, vocab_size, rows)
+        found = deviation(model, pieces, vocab_size, rows, select)
     except Exception as error:  # noqa: BLE001 - one row alone works, so the batch is at fault
         recover()
         return f"{type(error).__name__}: {error}"
@@ -52,7 +66,13 @@ def try_together(model: Module, pieces: CachePieces, vocab_size: int, rows: int)
     return f"logits differ from those of each alone by up to {found:.2g} standard deviations"
 
 
-def deviation(model: Module, pieces: CachePieces, vocab_size: int, rows: int) -> float:
+def deviation(
+    model: Module,
+    pieces: CachePieces,
+    vocab_size: int,
+    rows: int,
+    select: Select = _select_nothing,
+) -> float:
     """Decode one token of several rows, together and alone, and compare the logits.
 
     Args:
@@ -60,22 +80,28 @@ def deviation(model: Module, pieces: CachePieces, vocab_size: int, rows: int) ->
         pieces: Creates the model's caches.
         vocab_size: Number of token ids scored by the output layer.
         rows: Maximum number of rows, at least 2; the trial uses up to three.
+        select: Returns the context of a call, given the rows in it.
 
     Returns:
         The largest difference between two logits, in standard deviations of the row's logits.
     """
     prompts = _prompts(vocab_size)[:rows]
     caches = [pieces.new() for _ in prompts]
-    for own, prompt in zip(caches, prompts, strict=True):
+    for index, (own, prompt) in enumerate(zip(caches, prompts, strict=True)):
         if prompt[1:]:
-            prefill(model, [own], [prompt[:-1]])
+            with select([index]):
+                prefill(model, [own], [prompt[:-1]])
     last = [prompt[-1] for prompt in prompts]
     batch = merge(caches[:2], len(caches))
     if caches[2:]:
         extend(batch, caches[2:], len(caches))
-    together = logits_of(model, last, batch)
+    with select(range(len(caches))):
+        together = logits_of(model, last, batch)
+    alone = []
     # After the batch, because a step modifies the caches it is given.
-    alone = [logits_of(model, [token], own) for token, own in zip(last, caches, strict=True)]
+    for index, (token, own) in enumerate(zip(last, caches, strict=True)):
+        with select([index]):
+            alone.append(logits_of(model, [token], own))
     return largest(together, mx.concatenate(alone))
 
 

@@ -21,6 +21,9 @@ from runner_common.model_directory import (
 )
 from runner_server.engine.types import Dtype, LoadSpec
 from runner_server.errors import ModelUnsupported, RunnerFault
+from runner_server.mlx_backend.adapters.attaching import attach
+from runner_server.mlx_backend.adapters.selection import Attached
+from runner_server.mlx_backend.loading.finding import find_adapters
 from runner_server.mlx_backend.loading.weight_files import WeightFiles
 from runner_server.mlx_backend.model.activations import use_named_gelu
 from runner_server.mlx_backend.model.casting import cast_weights, casting_notes, widen_experts
@@ -56,6 +59,7 @@ class Built:
         spec: The load, with the values that the ranks agreed on.
         context_length: The longest sequence of the load, in tokens.
         warnings: Differences between the model's answers and the specification in its files.
+        adapters: Its adapters.
     """
 
     model: Module
@@ -63,6 +67,7 @@ class Built:
     spec: LoadSpec
     context_length: int
     warnings: tuple[str, ...]
+    adapters: Attached
 
 
 def read_directory(located: Located) -> ModelDirectory:
@@ -114,7 +119,8 @@ def build(directory: ModelDirectory, spec: LoadSpec, shard: Shard | None) -> Bui
         shard: Selects this rank's part of the model; None for the whole model.
 
     Raises:
-        ModelUnsupported: mlx_lm cannot build the model, or computes it differently from its files.
+        ModelUnsupported: mlx_lm cannot build the model, or computes it differently from its files,
+            or an adapter does not fit it.
         InvalidField: The requested context is too long, or too long to be exact; or the keys and
             values cannot be quantized.
     """
@@ -129,7 +135,13 @@ def build(directory: ModelDirectory, spec: LoadSpec, shard: Shard | None) -> Bui
     if spec.kv_bits:
         quantize_caches(model, spec.kv_bits, directory.configuration.model_type)
     warnings = (*directory.notes, *exactness.warnings(context), *casting_notes(model))
-    return Built(model, config, spec, context, warnings)
+    adapters = attach(
+        model,
+        find_adapters(spec.adapters),
+        WeightFiles.of(unread.model),
+        widens=spec.dtype is Dtype.FLOAT32,
+    )
+    return Built(model, config, spec, context, warnings, adapters)
 
 
 def _build(directory: ModelDirectory) -> tuple[BuiltModel, Exactness]:

@@ -27,6 +27,7 @@ from mlx.nn.layers.base import Module
 from runner_common.model_directory import Located, ModelDirectory
 from runner_common.units import format_bytes
 from runner_server.chat.format import ChatFormat
+from runner_server.engine.adapters import AdapterInfo
 from runner_server.engine.load_admission import UNCHECKED, Admission
 from runner_server.engine.prefix_disk import BUFFERED_TOKENS, PrefixDiskSettings
 from runner_server.engine.types import Dtype, LoadSpec, ModelInfo
@@ -35,8 +36,9 @@ from runner_server.host.heap import trim_heap
 from runner_server.host.model_root import ModelRoot
 from runner_server.mlx_backend.blas_threads import fit_threads
 from runner_server.mlx_backend.loading.building import Built, before_weights, build, read_directory
-from runner_server.mlx_backend.loading.finding import find_model
+from runner_server.mlx_backend.loading.finding import NamedAdapter, find_adapters, find_model
 from runner_server.mlx_backend.loading.mlx_model import MlxModel
+from runner_server.mlx_backend.loading.model_digest import DigestedFiles
 from runner_server.mlx_backend.loading.prefix_disk import PrefixDisk
 from runner_server.mlx_backend.loading.reading import read_weights
 from runner_server.mlx_backend.loading.weight_files import WeightFiles
@@ -82,6 +84,7 @@ def load(
     located = find_model(spec.model, root)
     with _named_in_faults(located.path):
         directory = read_directory(located)
+        adapters = _Adapters(spec, root)
         report(1)
         prefix_disk = PrefixDisk(disk, directory) if disk else None
         with before_weights(directory.path):
@@ -96,7 +99,8 @@ def load(
         info = _describe(spec, located, built, plan, eos_token_ids)
         info = replace(info, chat=_read_chat_format(directory, codec))
         info = replace(info, completes=directory.configuration.has_output_layer)
-        model = MlxModel(built.model, codec, info, plan, shard, directory)
+        info = replace(info, adapters=adapters.describe(lambda: report(95)))
+        model = MlxModel(built.model, codec, info, plan, shard, directory, built.adapters)
         _try(model, plan)
         report(99)
         if prefix_disk:
@@ -104,6 +108,46 @@ def load(
             prefix_disk.attach(model, built.model, plan, lambda: report(99))
     _log(model.info)
     return model
+
+
+class _Adapters:
+    """The files of a load's adapters.
+
+    Create it before the tensors are read, so that a file that changes meanwhile is noticed.
+
+    Args:
+        spec: The load.
+        root: The directory that adapters must be below; None allows any.
+
+    Raises:
+        InvalidField: A directory does not exist.
+        ModelUnsupported: The files of an adapter cannot be used.
+    """
+
+    def __init__(self, spec: LoadSpec, root: ModelRoot | None) -> None:
+        self._found = find_adapters(spec.adapters, root)
+        self._files = [DigestedFiles(each.files.files) for each in self._found]
+
+    def describe(self, beat: Callable[[], object]) -> tuple[AdapterInfo, ...]:
+        """Return the descriptions of the adapters, after their tensors were read.
+
+        Args:
+            beat: Called while the files are read once more, for their digests.
+
+        Raises:
+            ModelUnsupported: A file was changed during the load.
+        """
+        digests = [files.digest(None, beat) for files in self._files]
+        return tuple(map(self._describe, self._found, digests))
+
+    @staticmethod
+    def _describe(adapter: NamedAdapter, digest: str | None) -> AdapterInfo:
+        path = adapter.files.path
+        if digest is None:
+            raise ModelUnsupported(
+                f"the files of the adapter {adapter.name!r} in {path} were changed during the load"
+            )
+        return AdapterInfo(adapter.name, str(path), digest)
 
 
 def plan_load(path: Path, spec: LoadSpec) -> Plan:
@@ -126,6 +170,7 @@ def plan_load(path: Path, spec: LoadSpec) -> Plan:
 def check_files(spec: LoadSpec, root: ModelRoot | None = None) -> None:
     """Check that a model's files allow the load; see ``Backend.check``."""
     directory = read_directory(find_model(spec.model, root))
+    find_adapters(spec.adapters, root)
     if spec.context_length is not None:
         require_context(spec.context_length, directory.configuration.context_length)
 
@@ -200,7 +245,8 @@ def _build_and_plan(
 
 
 def _plan(directory: ModelDirectory, built: Built, spec: LoadSpec, transit_tokens: int) -> Plan:
-    sizes = measure(built.model, directory, built.context_length, spec.parallel)
+    with built.adapters.any_mixture():
+        sizes = measure(built.model, directory, built.context_length, spec.parallel)
     longest = directory.configuration.context_length
     return make_plan(spec, sizes, longest, built.warnings, transit_tokens)
 

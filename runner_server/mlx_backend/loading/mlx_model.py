@@ -22,6 +22,8 @@ from runner_server.engine.prefix_disk import (
     DiskTier,
 )
 from runner_server.engine.types import ModelInfo
+from runner_server.mlx_backend.adapters.selection import NO_ADAPTERS, Attached
+from runner_server.mlx_backend.adapters.trial import require_finite, try_mixed
 from runner_server.mlx_backend.cache.blocks import BlockCodec
 from runner_server.mlx_backend.cache.row_caches import CachePieces
 from runner_server.mlx_backend.constraints.grammars import GrammarCache
@@ -64,6 +66,7 @@ class MlxModel:
         plan: The plan made before reading the weights.
         shard: This rank's part of the model; None for the whole model.
         directory: The model's files.
+        adapters: The model's adapters.
     """
 
     def __init__(
@@ -74,8 +77,10 @@ class MlxModel:
         plan: Plan,
         shard: Shard | None,
         directory: ModelDirectory,
+        adapters: Attached = NO_ADAPTERS,
     ) -> None:
         self._model = model
+        self._adapters = adapters
         self._plan = plan
         self._shard = shard
         self._pieces = CachePieces.of(model)
@@ -180,6 +185,7 @@ class MlxModel:
         executor = self._executor(PrefixCache(self._pieces, 0))
         warm_up(self._model, executor, info.vocab_size, info.dtype)
         self._try_quantized()
+        require_finite(self._model, self._pieces.new, self._adapters)
         self._try_texts()
         if self._shard:
             return
@@ -187,7 +193,8 @@ class MlxModel:
         info = self.info
         if info.parallel == 1:
             return
-        if why := try_together(self._model, self._pieces, info.vocab_size, info.parallel):
+        arguments = self._model, self._pieces, info.vocab_size, info.parallel
+        if why := try_together(*arguments) or try_mixed(*arguments, self._adapters):
             warning = alone_warning(info.architecture, why)
             logger.warning("%s: %s", info.path, warning)
             self.info = replace(info, parallel=1)
@@ -240,6 +247,7 @@ class MlxModel:
             budget=self._budget,
             disk=disk,
             texts=self._texts.model,
+            adapters=self._adapters,
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Digest of a model's files, which names the entries of the prefix cache on disk.
+"""Digest of the files of a model or an adapter, for the names of entries of the prefix cache.
 
 Wrong keys and values would change answers without a sign, so the digest is that of every byte of
 the weights and of their configuration. It is computed once and remembered by the identity of the
@@ -13,9 +13,10 @@ import contextlib
 import hashlib
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
 from runner_common.cores import usable_cores
 from runner_common.model_directory import ModelDirectory
@@ -27,31 +28,39 @@ _MOST_THREADS = 8
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-class ModelFiles:
+class DigestedFiles:
     """Files with influence on the keys and values of a model.
 
     Args:
-        directory: The model's directory.
+        files: The files, in a fixed order.
 
     Raises:
         OSError: A file does not exist.
     """
 
-    def __init__(self, directory: ModelDirectory) -> None:
-        present = (directory.path / name for name in _CONFIGURATION)
-        self._files = (*(file for file in present if file.exists()), *directory.weight_files)
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
         self._identity = self._identify()
 
-    def digest(self, remembered_in: Path, beat: Callable[[], object]) -> str | None:
+    @classmethod
+    def of(cls, directory: ModelDirectory) -> Self:
+        """Return the files of a model without adapters."""
+        present = (directory.path / name for name in _CONFIGURATION)
+        return cls([*(file for file in present if file.exists()), *directory.weight_files])
+
+    def digest(self, remembered_in: Path | None, beat: Callable[[], object]) -> str | None:
         """Return the digest of the files' content.
 
         Args:
-            remembered_in: Private folder with the digests of earlier calls.
+            remembered_in: Private folder with the digests of earlier calls; None computes it.
             beat: Called after each part of a file that is read; an exception ends the reading.
 
         Returns:
             None if a file was changed since the creation of this object.
         """
+        if remembered_in is None:
+            digest = self._compute(beat)
+            return digest if self._identify() == self._identity else None
         name = hashlib.sha256(self._identity.encode()).hexdigest()
         memory = remembered_in / f"{name[:32]}.digest"
         digest = _read(memory) or self._compute(beat)
@@ -84,7 +93,7 @@ def _identity(file: Path) -> tuple[int, ...]:
 def _digest_part(file: Path, start: int) -> bytes:
     with file.open("rb", buffering=0) as opened:
         opened.seek(start)
-        data = bytearray(_PART_BYTES)
+        data = bytearray(max(0, min(_PART_BYTES, file.stat().st_size - start)))
         count, view = 0, memoryview(data)
         while more := opened.readinto(view[count:]):
             count += more

@@ -19,7 +19,7 @@ from runner_server.host.private_folder import private_folder
 from runner_server.mlx_backend.cache.blocks import BlockCodec
 from runner_server.mlx_backend.cache.row_caches import CachePieces
 from runner_server.mlx_backend.loading.mlx_model import MlxModel
-from runner_server.mlx_backend.loading.model_digest import ModelFiles
+from runner_server.mlx_backend.loading.model_digest import DigestedFiles
 from runner_server.mlx_backend.planning.measure import device_kind
 from runner_server.mlx_backend.planning.plan import Plan
 
@@ -43,7 +43,7 @@ class PrefixDisk:
     def __init__(self, settings: PrefixDiskSettings, directory: ModelDirectory) -> None:
         self._settings = settings
         self._directory = directory
-        self._files = ModelFiles(directory)
+        self._files = DigestedFiles.of(directory)
 
     def attach(
         self, model: MlxModel, module: Module, plan: Plan, beat: Callable[[], object]
