@@ -113,6 +113,21 @@ def check_model(value: object) -> None:
     check_text("model", value, form)
 
 
+def check_names(field: str, value: object) -> None:
+    """Require a mapping from names to directories, as strings.
+
+    Raises:
+        TypeError: The value is of another type.
+    """
+    if not isinstance(value, Mapping):
+        refuse_type(field, value, "a mapping from names to directories")
+    for name, path in value.items():
+        check_text(f"a name in {field}", name)
+        if hasattr(path, "__fspath__"):
+            refuse_type(f"{field}[{name!r}]", path, "text (str)", path.__fspath__())
+        check_text(f"{field}[{name!r}]", path)
+
+
 def check_path(field: str, value: object) -> None:
     """Require the path of a file or None; the file need not exist.
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
-from runner_client.checks import check_choice, check_flag, check_integer, check_kind, check_number
+from runner_client.checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_kind,
+    check_names,
+    check_number,
+)
 from runner_common.contract import (
     KV_BITS,
     MAX_BYTES,
@@ -41,6 +49,7 @@ class LoadKeywords(TypedDict, total=False):
     memory_override: bool
     allow_inexact: bool
     kv_bits: int
+    adapters: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +82,9 @@ class LoadOptions:
     ``Model.warnings`` lists the differences."""
     kv_bits: int = 0
     """Bits of each number in the KV caches, 4 or 8; 0 keeps the number format of the weights."""
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """LoRA and DoRA adapters to load with the model: directories on the runner's machine, by the
+    names for ``adapter`` of requests. Default: none."""
 
     def __post_init__(self) -> None:
         check_integer("context_length", self.context_length, MIN_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH)
@@ -84,6 +96,7 @@ class LoadOptions:
         check_choice("dtype", self.dtype, get_args(Dtype))
         check_integer("kv_bits", self.kv_bits)
         check_choice("kv_bits", self.kv_bits, KV_BITS)
+        check_names("adapters", self.adapters)
 
     @classmethod
     def of(cls, options: LoadOptions | None, keywords: LoadKeywords) -> LoadOptions:
@@ -126,15 +139,15 @@ class Timeouts:
     seconds if kernels are compiled first; a slow prompt makes progress with every step."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            check_number(field.name, value)
-            is_optional = field.name not in ("call_seconds", "close_seconds")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            check_number(each.name, value)
+            is_optional = each.name not in ("call_seconds", "close_seconds")
             if value is None and is_optional:
                 continue
             if value is None or not 0 < value < math.inf:
                 none = " (or None: no limit)" if is_optional else ""
-                raise ValueError(f"{field.name} must be above 0{none}, not {value}")
+                raise ValueError(f"{each.name} must be above 0{none}, not {value}")
 
     def close_grace_seconds(self, model_bytes: int) -> float:
         """Return the grace time of a child between the request to stop and the kill, in seconds.

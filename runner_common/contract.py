@@ -74,6 +74,12 @@ MAX_REQUEST_ID_CHARS = 128
 MAX_CACHE_SALT_CHARS = 128
 """Longest ``cache_salt``."""
 
+MAX_ADAPTERS = 64
+"""Most adapters of a load."""
+
+MAX_ADAPTER_NAME_CHARS = 128
+"""Longest name of an adapter."""
+
 MAX_ABORTED_IDS = 1024
 """Most ids of an ``Abort``."""
 

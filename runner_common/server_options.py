@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from runner_common.contract import (
     DEFAULT_PARALLEL,
     KV_BITS,
+    MAX_ADAPTER_NAME_CHARS,
     MAX_BYTES,
     MAX_DRAFT,
     MAX_PARALLEL,
@@ -45,6 +46,7 @@ class ServerOption:
         choices: All allowed values; empty if ``read`` decides.
         default: The value if the option is not given; None if there is no default.
         needs: Flag of another option without which this one has no effect.
+        is_repeated: Whether the option may be given several times.
     """
 
     flags: tuple[str, ...]
@@ -54,6 +56,7 @@ class ServerOption:
     choices: tuple[str, ...] = ()
     default: str | float | bool | None = None
     needs: str = ""
+    is_repeated: bool = False
 
     @property
     def flag(self) -> str:
@@ -126,6 +129,19 @@ def _host_and_port(text: str) -> tuple[str, int]:
     if not (separator and host and port.isdecimal() and int(port) <= MAX_PORT):
         raise ValueError(f"{text!r}: expected HOST:PORT, the port 0 to {MAX_PORT}")
     return host.strip("[]"), int(port)
+
+
+def read_adapter_option(text: str) -> tuple[str, str]:
+    """Return the name and the directory of an adapter.
+
+    Raises:
+        ValueError: The text is not NAME=DIR.
+    """
+    name, _, path = text.partition("=")
+    if not (name and path and len(name) <= MAX_ADAPTER_NAME_CHARS):
+        most = f"a name of at most {MAX_ADAPTER_NAME_CHARS} characters"
+        raise ValueError(f"{text[:40]!r}: expected NAME=DIR, {most} and a directory")
+    return name, path
 
 
 def _file(text: str) -> Path:
@@ -214,6 +230,15 @@ SERVER_OPTIONS = (
         choices=tuple(map(str, KV_BITS)),
         default="0",
         needs="--model",
+    ),
+    ServerOption(
+        ("--adapter",),
+        "LoRA or DoRA adapter to load with the model, as mlx_lm writes it, and the name by which "
+        "requests select it; may be repeated.",
+        metavar="NAME=DIR",
+        read=read_adapter_option,
+        needs="--model",
+        is_repeated=True,
     ),
     ServerOption(
         ("--prefix-cache-dir",),

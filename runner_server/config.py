@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from runner_common.contract import (
     DEFAULT_PREFIX_CACHE_DISK_BYTES,
+    MAX_ADAPTERS,
     MAX_DRAFT,
     PREFIX_CACHE_DIR_VARIABLE,
     PREFIX_CACHE_DISK_VARIABLE,
@@ -19,6 +20,7 @@ from runner_common.memory.headroom import VariableError, variable_bytes
 from runner_common.server_options import SERVER_OPTIONS, ServerOption, misuse
 from runner_common.serving.auth import read_tokens
 from runner_common.serving.tls import TlsFiles
+from runner_server.engine.adapters import AdapterSpec
 from runner_server.engine.prefix_disk import PrefixDiskSettings
 from runner_server.engine.types import Dtype, LoadSpec
 
@@ -82,7 +84,7 @@ def parse_args(argv: Sequence[str] | None = None) -> ServerConfig:
     same = {each.name for each in fields(ServerConfig)} & values.keys()
     return ServerConfig(
         **{name: values[name] for name in same},
-        load=_load(values) if values["model"] else None,
+        load=_load(parser, values) if values["model"] else None,
         tls=_tls(values) if "tls_cert" in given else None,
         prefix_disk=_prefix_disk(parser, values),
         token=token,
@@ -90,7 +92,12 @@ def parse_args(argv: Sequence[str] | None = None) -> ServerConfig:
     )
 
 
-def _load(values: Mapping[str, Any]) -> LoadSpec:
+def _load(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> LoadSpec:
+    adapters = [AdapterSpec(name, path) for name, path in values["adapter"] or ()]
+    if len({adapter.name for adapter in adapters}) < len(adapters):
+        parser.error("argument --adapter: two adapters have the same name")
+    if len(adapters) > MAX_ADAPTERS:
+        parser.error(f"argument --adapter: {len(adapters)}; at most {MAX_ADAPTERS}")
     return LoadSpec(
         model=values["model"],
         context_length=values["context_length"],
@@ -99,6 +106,7 @@ def _load(values: Mapping[str, Any]) -> LoadSpec:
         memory_limit_bytes=values["memory_limit"],
         prefix_cache_bytes=values["prefix_cache"],
         kv_bits=int(values["kv_bits"]),
+        adapters=tuple(adapters),
     )
 
 
@@ -173,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         else:
             parser.add_argument(
                 *option.flags,
+                action="append" if option.is_repeated else "store",
                 type=_reader(option),
                 choices=option.choices or None,
                 metavar=option.metavar or None,

@@ -15,6 +15,8 @@ from runner_client.cli.shared.access import (
 from runner_client.cli.shared.dialogue import Dialogue
 from runner_client.cli.shared.errors import EXIT_CODES
 from runner_client.cli.shared.options import (
+    adapter_of,
+    adapter_option,
     json_schema_option,
     load_options,
     refuse_options,
@@ -47,6 +49,7 @@ _LOAD_OPTIONS = (
 @sampling_options
 @json_schema_option("Make every answer a JSON value that is valid by the schema in this file.")
 @load_options(*_LOAD_OPTIONS)
+@adapter_option
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -61,6 +64,7 @@ def command(
     tls_key: str | None,
     json_schema: JsonSchema | None,
     load: LoadOptions,
+    adapter: str,
     **sampling: Unpack[Sampling],
 ) -> None:
     """Talk with MODEL, in a runner started for this and stopped afterwards.
@@ -85,12 +89,13 @@ def command(
     elif any(credentials.values()):
         raise click.UsageError("--token-file and --tls-... need --address")
     options = Options(**sampling)
+    adapter, load = adapter_of(adapter, address, load)
     if address:
         with open_client(address, **credentials) as client:
-            Dialogue(client, options, system, json_schema).run()
+            Dialogue(client, options, system, json_schema, adapter).run()
         return
     name = text(model or "")
     runner = RunnerProcess(name, options=load, parallel=1)
     with loaded(runner, name) as result:
         print_rows(model_rows(result.model), err=True)
-        Dialogue(runner, options, system, json_schema).run()
+        Dialogue(runner, options, system, json_schema, adapter).run()

@@ -15,6 +15,8 @@ from runner_client.cli.shared.access import (
 )
 from runner_client.cli.shared.errors import EXIT_CODES
 from runner_client.cli.shared.options import (
+    adapter_of,
+    adapter_option,
     json_option,
     json_schema_option,
     load_options,
@@ -49,6 +51,7 @@ _LOAD_OPTIONS = (
 @sampling_options
 @json_schema_option("Make the text a JSON value that is valid by the schema in this file.")
 @load_options(*_LOAD_OPTIONS)
+@adapter_option
 @json_option
 @click.pass_context
 def command(
@@ -63,6 +66,7 @@ def command(
     tls_key: str | None,
     json_schema: JsonSchema | None,
     load: LoadOptions,
+    adapter: str,
     as_json: bool,
     **sampling: Unpack[Sampling],
 ) -> None:
@@ -88,14 +92,15 @@ def command(
     if not prompt:
         raise click.BadArgumentUsage("PROMPT is empty")
     options = Options(**sampling)
+    adapter, load = adapter_of(adapter, address, load)
     if address:
         with open_client(address, **credentials) as client:
-            completion = _streamed(client, prompt, options, json_schema, as_json=as_json)
+            completion = _streamed(client, prompt, options, json_schema, adapter, as_json=as_json)
         _show(None, completion, as_json=as_json)
         return
     runner = RunnerProcess(model, options=load, parallel=1)
     with loaded(runner, model) as result:
-        completion = _streamed(runner, prompt, options, json_schema, as_json=as_json)
+        completion = _streamed(runner, prompt, options, json_schema, adapter, as_json=as_json)
     _show(result, completion, as_json=as_json)
 
 
@@ -118,10 +123,11 @@ def _streamed(
     prompt: str,
     options: Options,
     constraint: JsonSchema | None,
+    adapter: str,
     *,
     as_json: bool,
 ) -> Completion:
-    stream = client.completion(prompt, options=options, constraint=constraint)
+    stream = client.completion(prompt, options=options, constraint=constraint, adapter=adapter)
     return streamed(stream, show_nothing if as_json else show_text)
 
 

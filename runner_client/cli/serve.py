@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runner_client.cli.shared.server import given_options, server_options
+from runner_client.cli.shared.server import Given, given_options, server_options
 from runner_client.host.command import check_platform, server_program
 from runner_client.host.environment import child_environment
 from runner_common.host_memory.free import installed_backend
@@ -16,7 +16,7 @@ from runner_common.server_options import SERVER_OPTIONS
 from runner_common.signals import hold_stop_signals, release_stop_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
 
 @click.command(
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     metavar="auto|off|PATH",
     help="BLAS library to preload before MLX's own, which is slow on a Linux CPU.",
 )
-def command(*, blas: str, **values: str | bool | None) -> None:
+def command(*, blas: str, **values: str | bool | tuple[str, ...] | None) -> None:
     """Run a server in the foreground until Ctrl-C.
 
     Once the server listens, it prints one line on standard output, 1|1|tcp|HOST:PORT|grpc; its log
@@ -46,14 +46,14 @@ def command(*, blas: str, **values: str | bool | None) -> None:
     _become([*server_program(), *_arguments(given)], environment)
 
 
-def _arguments(given: Mapping[str, str | bool]) -> Iterator[str]:
+def _arguments(given: Given) -> Iterator[str]:
     """Yield the arguments of the server's command line."""
     for option in SERVER_OPTIONS:
-        value = given.get(option.name)
-        if value is not None:
+        value = given.get(option.name, ())
+        for each in value if isinstance(value, tuple) else (value,):
             yield option.flag
-            if isinstance(value, str):
-                yield value
+            if isinstance(each, str):
+                yield each
 
 
 def _become(line: list[str], environment: dict[str, str]) -> None:

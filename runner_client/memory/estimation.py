@@ -214,6 +214,7 @@ def _need_request(path: str, load: LoadOptions, backend: Backend) -> NeedRequest
         prefix_cache_bytes=load.prefix_cache_bytes,
         allow_inexact=load.allow_inexact,
         kv_bits=load.kv_bits,
+        adapters=tuple(load.adapters.items()),
     )
 
 

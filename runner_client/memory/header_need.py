@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from runner_client.errors import InvalidRequestError
 from runner_client.memory.header_kv import kv_layers
 from runner_client.memory.header_weights import hosted_tensors, weigh
-from runner_client.memory.model import read_model
+from runner_client.memory.model import read_adapter_files, read_model
 from runner_common.contract import DEFAULT_CONTEXT_LENGTH
 from runner_common.memory.need import MemoryNeed
 from runner_common.memory.need_query import NeedAnswer
@@ -61,13 +61,14 @@ def need_from_headers(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]
         )
     )
     kept = request.prefix_cache_bytes
+    held = weights.held_bytes + _adapter_bytes(request)
     need = MemoryNeed(
-        weight_bytes=weights.held_bytes,
+        weight_bytes=held,
         kv_bytes=one * request.parallel,
         prefix_cache_bytes=max(one, one * request.parallel // PREFIX_SHARE)
         if kept is None
         else kept,
-        working_bytes=_working_bytes(weights.held_bytes + one * request.parallel),
+        working_bytes=_working_bytes(held + one * request.parallel),
         process_bytes=PROCESS_BYTES,
         load_transient_bytes=weights.transient_bytes,
         has_default_prefix_cache=kept is None,
@@ -80,6 +81,12 @@ def need_from_headers(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]
 def _quantized_bytes(bits: int, item_bytes: float) -> float:
     """Return the bytes of a number in a quantized cache, with its part of scale and bias."""
     return bits / 8 + 2 * item_bytes / _LEAST_GROUP if bits else item_bytes
+
+
+def _adapter_bytes(request: NeedRequest) -> int:
+    """Return the bytes of the adapters as float32, the format of mlx_lm."""
+    found = [read_adapter_files(Path(path)) for _, path in request.adapters]
+    return sum(4 * tensor.size for adapter in found for tensor in adapter.tensors.values())
 
 
 def _working_bytes(held_bytes: int) -> int:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from runner_client.errors import ModelNotFoundError, ModelUnsupportedError
 from runner_common.model_directory import (
+    AdapterFiles,
     Located,
     ModelDirectory,
     ModelMissingError,
     ModelUnusableError,
     locate,
+    read_adapter,
     read_model_directory,
 )
 
@@ -43,6 +45,16 @@ def read_model(path: Path) -> ModelDirectory:
     """
     with _translated():
         return read_model_directory(path)
+
+
+def read_adapter_files(path: Path) -> AdapterFiles:
+    """Read an adapter's configuration and the header of its tensors.
+
+    Raises:
+        ModelUnsupportedError: A file is missing or damaged, or the adapter is of another kind.
+    """
+    with _translated():
+        return read_adapter(path)
 
 
 @contextmanager

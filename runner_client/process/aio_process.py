@@ -211,6 +211,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         logprob_token_ids: Sequence[int] = (),
         prompt_logprobs: int | None = None,
         constraint: Constraint | None = None,
+        adapter: str = "",
     ) -> AsyncCompletionStream:
         """Start a completion; see ``AsyncRunnerClient.completion``.
 
@@ -230,6 +231,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
             constraint=constraint,
+            adapter=adapter,
         )
 
     async def complete(
@@ -246,6 +248,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         logprob_token_ids: Sequence[int] = (),
         prompt_logprobs: int | None = None,
         constraint: Constraint | None = None,
+        adapter: str = "",
     ) -> Completion:
         """Run a completion to the end; see ``AsyncRunnerClient.complete``.
 
@@ -264,6 +267,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
             constraint=constraint,
+            adapter=adapter,
         )
 
     def chat(
@@ -282,6 +286,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
         constraint: Constraint | None = None,
+        adapter: str = "",
         tool_name: str = "",
         reasoning_budget: int | None = None,
     ) -> AsyncChatStream:
@@ -305,6 +310,7 @@ class AsyncRunnerProcess(ProcessBase[Connection]):
             literal=literal,
             logprob_token_ids=logprob_token_ids,
             constraint=constraint,
+            adapter=adapter,
             tool_name=tool_name,
             reasoning_budget=reasoning_budget,
         )

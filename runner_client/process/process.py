@@ -206,6 +206,7 @@ class RunnerProcess(ProcessBase[Connection]):
         logprob_token_ids: Sequence[int] = (),
         prompt_logprobs: int | None = None,
         constraint: Constraint | None = None,
+        adapter: str = "",
     ) -> CompletionStream:
         """Start a completion; see ``RunnerClient.completion``.
 
@@ -225,6 +226,7 @@ class RunnerProcess(ProcessBase[Connection]):
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
             constraint=constraint,
+            adapter=adapter,
         )
 
     def complete(
@@ -241,6 +243,7 @@ class RunnerProcess(ProcessBase[Connection]):
         logprob_token_ids: Sequence[int] = (),
         prompt_logprobs: int | None = None,
         constraint: Constraint | None = None,
+        adapter: str = "",
     ) -> Completion:
         """Run a completion to the end; see ``RunnerClient.complete``.
 
@@ -259,6 +262,7 @@ class RunnerProcess(ProcessBase[Connection]):
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
             constraint=constraint,
+            adapter=adapter,
         )
 
     def chat(
@@ -277,6 +281,7 @@ class RunnerProcess(ProcessBase[Connection]):
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
         constraint: Constraint | None = None,
+        adapter: str = "",
         tool_name: str = "",
         reasoning_budget: int | None = None,
     ) -> ChatStream:
@@ -300,6 +305,7 @@ class RunnerProcess(ProcessBase[Connection]):
             literal=literal,
             logprob_token_ids=logprob_token_ids,
             constraint=constraint,
+            adapter=adapter,
             tool_name=tool_name,
             reasoning_budget=reasoning_budget,
         )

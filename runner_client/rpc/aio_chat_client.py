@@ -69,6 +69,7 @@ class AsyncChatClient:
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
         constraint: Constraint | None = None,
+        adapter: str = "",
         tool_name: str = "",
         reasoning_budget: int | None = None,
     ) -> AsyncChatStream:
@@ -91,6 +92,7 @@ class AsyncChatClient:
             literal: Whether the special tokens written in messages and tools are text.
             logprob_token_ids: See ``completion``.
             constraint: What the answer must be, after its reasoning; see ``completion``.
+            adapter: See ``completion``.
             tool_name: The one tool to call, with ``tool_choice="required"``. Default: any.
             reasoning_budget: The most tokens of reasoning, which is then ended. Default: no limit.
 
@@ -114,6 +116,7 @@ class AsyncChatClient:
             literal=literal,
             logprob_token_ids=logprob_token_ids,
             constraint=constraint,
+            adapter=adapter,
             tool_name=tool_name,
             reasoning_budget=reasoning_budget,
         )
@@ -136,6 +139,7 @@ class AsyncChatClient:
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
         constraint: Constraint | None = None,
+        adapter: str = "",
         tool_name: str = "",
         reasoning_budget: int | None = None,
     ) -> ChatCompletion:
@@ -162,6 +166,7 @@ class AsyncChatClient:
             literal=literal,
             logprob_token_ids=logprob_token_ids,
             constraint=constraint,
+            adapter=adapter,
             tool_name=tool_name,
             reasoning_budget=reasoning_budget,
         )

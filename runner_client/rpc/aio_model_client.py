@@ -104,6 +104,7 @@ class AsyncModelClient(AsyncChatClient):
         logprob_token_ids: Sequence[int] = (),
         prompt_logprobs: int | None = None,
         constraint: Constraint | None = None,
+        adapter: str = "",
     ) -> AsyncCompletionStream:
         """Start a completion and return the stream of chunks without waiting.
 
@@ -131,6 +132,8 @@ class AsyncModelClient(AsyncChatClient):
                 cache. Default: no log probabilities of the prompt.
             constraint: What the text must be: a ``JsonSchema``, ``JsonObject``, ``Regex``,
                 ``LarkGrammar`` or ``Choice``. Default: any text.
+            adapter: The adapter, by its name in ``LoadOptions.adapters``. Default: the model
+                without one.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -150,6 +153,7 @@ class AsyncModelClient(AsyncChatClient):
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
             constraint=constraint,
+            adapter=adapter,
         )
         return self._connection.start_stream(request)
 
@@ -168,6 +172,7 @@ class AsyncModelClient(AsyncChatClient):
         logprob_token_ids: Sequence[int] = (),
         prompt_logprobs: int | None = None,
         constraint: Constraint | None = None,
+        adapter: str = "",
     ) -> Completion:
         """Run a completion to the end, with the arguments and timeouts of ``completion``.
 
@@ -193,6 +198,7 @@ class AsyncModelClient(AsyncChatClient):
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
             constraint=constraint,
+            adapter=adapter,
         )
         async with stream:
             return responses.join_chunks([chunk async for chunk in stream])

@@ -70,6 +70,7 @@ class ChatClient:
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
         constraint: Constraint | None = None,
+        adapter: str = "",
         tool_name: str = "",
         reasoning_budget: int | None = None,
     ) -> ChatStream:
@@ -92,6 +93,7 @@ class ChatClient:
             literal: Whether the special tokens written in messages and tools are text.
             logprob_token_ids: See ``completion``.
             constraint: What the answer must be, after its reasoning; see ``completion``.
+            adapter: See ``completion``.
             tool_name: The one tool to call, with ``tool_choice="required"``. Default: any.
             reasoning_budget: The most tokens of reasoning, which is then ended. Default: no limit.
 
@@ -115,6 +117,7 @@ class ChatClient:
             literal=literal,
             logprob_token_ids=logprob_token_ids,
             constraint=constraint,
+            adapter=adapter,
             tool_name=tool_name,
             reasoning_budget=reasoning_budget,
         )
@@ -137,6 +140,7 @@ class ChatClient:
         literal: bool = False,
         logprob_token_ids: Sequence[int] = (),
         constraint: Constraint | None = None,
+        adapter: str = "",
         tool_name: str = "",
         reasoning_budget: int | None = None,
     ) -> ChatCompletion:
@@ -163,6 +167,7 @@ class ChatClient:
             literal=literal,
             logprob_token_ids=logprob_token_ids,
             constraint=constraint,
+            adapter=adapter,
             tool_name=tool_name,
             reasoning_budget=reasoning_budget,
         )

@@ -103,6 +103,7 @@ class ModelClient(ChatClient):
         logprob_token_ids: Sequence[int] = (),
         prompt_logprobs: int | None = None,
         constraint: Constraint | None = None,
+        adapter: str = "",
     ) -> CompletionStream:
         """Start a completion and return the stream of chunks without waiting.
 
@@ -130,6 +131,8 @@ class ModelClient(ChatClient):
                 cache. Default: no log probabilities of the prompt.
             constraint: What the text must be: a ``JsonSchema``, ``JsonObject``, ``Regex``,
                 ``LarkGrammar`` or ``Choice``. Default: any text.
+            adapter: The adapter, by its name in ``LoadOptions.adapters``. Default: the model
+                without one.
 
         Raises:
             TypeError: An argument is of the wrong type.
@@ -149,6 +152,7 @@ class ModelClient(ChatClient):
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
             constraint=constraint,
+            adapter=adapter,
         )
         return self._connection.start_stream(request)
 
@@ -167,6 +171,7 @@ class ModelClient(ChatClient):
         logprob_token_ids: Sequence[int] = (),
         prompt_logprobs: int | None = None,
         constraint: Constraint | None = None,
+        adapter: str = "",
     ) -> Completion:
         """Run a completion to the end, with the arguments and timeouts of ``completion``.
 
@@ -192,6 +197,7 @@ class ModelClient(ChatClient):
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
             constraint=constraint,
+            adapter=adapter,
         )
         with stream:
             return responses.join_chunks([chunk for chunk in stream])

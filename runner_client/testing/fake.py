@@ -93,6 +93,9 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     """Whether a drain keeps new completions out."""
     address: str = ""
     """The address of the server, as passed to gRPC."""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """Adapters of the loaded model: directories by name. Requests with other adapters are
+    refused."""
     requests: list[Message] = field(default_factory=list)
     """Every request received except Status and health, as protobuf messages."""
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -118,6 +121,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         self.is_draining = False
         self.model, self._is_stored = request.model, bool(need.notes)
         self._kv_bits = request.kv_bits
+        self.adapters = {adapter.name: adapter.path for adapter in request.adapters}
         return pb.LoadResponse(model=self._model(self.model))
 
     def Estimate(
@@ -203,6 +207,10 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     ) -> Iterator[pb.CompletionResponse]:
         self.requests.append(request)
         self._need_model(request.model, context)
+        if request.adapter and request.adapter not in self.adapters:
+            text = f"the loaded model has no adapter {request.adapter!r}"
+            violations = [("adapter", text)]
+            Failure("INVALID_FIELD", f"adapter: {text}", field_violations=violations).abort(context)
         if self.is_draining:
             Failure("SHUTTING_DOWN", "the runner is draining").abort(context)
         if not self.progress_messages:
@@ -327,12 +335,14 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             has_template=self.has_chat_template,
             dimension=self.embedding_dimension,
         )
+        adapters = [pb.Adapter(name=key, path=path) for key, path in self.adapters.items()]
         return pb.Model(
             name=name,
             path=name,
             dtype_fallback=is_fallback,
             capabilities=accepted,
             kv_bits=self._kv_bits,
+            adapters=adapters,
         )
 
     def _receive(self, request: Message, context: grpc.ServicerContext) -> None:

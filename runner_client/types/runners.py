@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -80,6 +81,8 @@ class Model:
     """What requests the model and its server accept."""
     kv_bits: int = 0
     """Bits of a number in the KV caches; 0 if they are not quantized."""
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """The directories of the adapters that requests may select, by name."""
 
 
 @dataclass(frozen=True, slots=True)

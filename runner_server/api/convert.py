@@ -82,6 +82,7 @@ def model_message(info: ModelInfo, rank_count: int = 1) -> pb.Model:
         dtype_fallback=info.dtype_fallback,
         warnings=info.warnings,
         kv_bits=info.kv_bits,
+        adapters=[pb.Adapter(name=each.name, path=each.path) for each in info.adapters],
         capabilities=pb.Capabilities(
             batched=info.parallel > 1,
             prefix_cache=info.prefix_cache_bytes > 0,

@@ -28,7 +28,7 @@ from runner_server.errors import (
     RunnerFault,
 )
 from runner_server.host.machine_admission import refusal
-from runner_server.mlx_backend.loading.finding import find_model
+from runner_server.mlx_backend.loading.finding import find_adapters, find_model
 
 if TYPE_CHECKING:
     from runner_common.memory.reservations import Decision
@@ -121,6 +121,8 @@ class Estimator:
 
     def _estimate(self, spec: LoadSpec) -> Estimated:
         located = find_model(spec.model, self._root)
+        # The answering process knows no root.
+        find_adapters(spec.adapters, self._root)
         found = self._estimate_at(located.path, spec)
         return replace(found, notes=(located.note, *found.notes)) if located.note else found
 
@@ -158,6 +160,7 @@ def _query_need(path: Path, spec: LoadSpec) -> NeedAnswer:
         prefix_cache_bytes=spec.prefix_cache_bytes,
         allow_inexact=spec.allow_inexact,
         kv_bits=spec.kv_bits,
+        adapters=tuple((each.name, each.path) for each in spec.adapters),
     )
     try:
         return ask_need(request, os.environ)

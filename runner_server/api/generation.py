@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from runner_server.api.constraints import start_matcher
@@ -41,6 +41,7 @@ class GenerationDraft:
         priority: See :class:`CompletionSpec`.
         cache_policy: See :class:`CompletionSpec`.
         constraint: What the text must be; None for any text.
+        adapter: Name of the adapter, one of the model's; empty for the model without one.
         reasoning: The reasoning before that text, and its limit; None if the text begins at once.
     """
 
@@ -54,6 +55,7 @@ class GenerationDraft:
     priority: int = 0
     cache_policy: CachePolicy = field(default_factory=CachePolicy)
     constraint: Constraint | None = None
+    adapter: str = ""
     reasoning: Reasoning | None = None
 
     def fit(self, prompt_ids: Sequence[int], model: ModelInfo) -> CompletionSpec:
@@ -83,8 +85,17 @@ class GenerationDraft:
             ignore_eos=self.ignore_eos,
             request_id=self.request_id,
             priority=self.priority,
-            cache_policy=self.cache_policy,
+            cache_policy=self._cache_policy(model),
+            adapter=self.adapter,
         )
+
+    def _cache_policy(self, model: ModelInfo) -> CachePolicy:
+        """Return the use of the prefix cache, whose entries depend on the adapter."""
+        policy = self.cache_policy
+        for adapter in model.adapters:
+            if adapter.name == self.adapter:
+                policy = replace(policy, salt=adapter.cache_salt(policy.salt))
+        return policy
 
 
 def require_completes(model: ModelHandle) -> None:

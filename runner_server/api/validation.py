@@ -19,6 +19,8 @@ from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.contract import (
     KV_BITS,
     MAX_ABORTED_IDS,
+    MAX_ADAPTER_NAME_CHARS,
+    MAX_ADAPTERS,
     MAX_BYTES,
     MAX_CACHE_SALT_CHARS,
     MAX_CONTEXT_LENGTH,
@@ -39,6 +41,7 @@ from runner_server.api.constraints import parse_constraint
 from runner_server.api.generation import GenerationDraft
 from runner_server.api.prompts import Prompt
 from runner_server.api.violations import ViolationCollector
+from runner_server.engine.adapters import AdapterSpec
 from runner_server.engine.types import CachePolicy, Dtype, LoadSpec, ModelInfo, Sampling
 
 _T = TypeVar("_T")
@@ -46,6 +49,9 @@ _T = TypeVar("_T")
 MAX_INT32 = 2**31 - 1
 _MAX_STOP_CHARS = 1024
 _NANOS = 1_000_000_000
+
+_MOST_NAMES = 8
+"""Most adapters that a refusal names, so that its details stay below 2 KB."""
 
 _DTYPES = {
     pb.DTYPE_UNSPECIFIED: Dtype.AUTO,
@@ -76,6 +82,7 @@ def load_spec(request: pb.LoadRequest | pb.EstimateRequest) -> LoadSpec:
     check.require("dtype", known, f"{request.dtype} is not a dtype that this server supports")
     allowed = ", ".join(map(str, KV_BITS))
     check.require("kv_bits", request.kv_bits in KV_BITS, f"{request.kv_bits} is none of {allowed}")
+    _check_adapters(check, request.adapters)
     check.finish()
     plain = LoadSpec(request.model)
     return LoadSpec(
@@ -88,7 +95,24 @@ def load_spec(request: pb.LoadRequest | pb.EstimateRequest) -> LoadSpec:
         memory_override=isinstance(request, pb.LoadRequest) and request.memory_override,
         allow_inexact=request.allow_inexact,
         kv_bits=request.kv_bits,
+        adapters=tuple(AdapterSpec(each.name, each.path) for each in request.adapters),
     )
+
+
+def _check_adapters(check: ViolationCollector, adapters: Sequence[pb.Adapter]) -> None:
+    text = f"{len(adapters)}; at most {MAX_ADAPTERS}"
+    check.require("adapters", len(adapters) <= MAX_ADAPTERS, text)
+    seen: set[str] = set()
+    for i, adapter in enumerate(adapters[:MAX_ADAPTERS]):
+        inside = 1 <= len(adapter.name) <= MAX_ADAPTER_NAME_CHARS
+        text = f"{len(adapter.name)} characters; 1 to {MAX_ADAPTER_NAME_CHARS}"
+        check.require(f"adapters[{i}].name", inside, text)
+        text = "another adapter has the same name"
+        check.require(f"adapters[{i}].name", adapter.name not in seen, text)
+        seen.add(adapter.name)
+        usable = 1 <= len(adapter.path) <= MAX_MODEL_CHARS and "\0" not in adapter.path
+        text = f"required: a directory; at most {MAX_MODEL_CHARS} characters, none of them NUL"
+        check.require(f"adapters[{i}].path", usable, text)
 
 
 def trim_bytes(request: pb.TrimRequest) -> int:
@@ -206,6 +230,7 @@ def generation_draft(
     salt = len(request.cache_salt)
     too_long = f"{salt} characters; at most {MAX_CACHE_SALT_CHARS}"
     check.require("cache_salt", salt <= MAX_CACHE_SALT_CHARS, too_long)
+    _check_adapter(check, request.adapter, model)
     constraint = None
     if request.HasField("constraint"):
         constraint = parse_constraint(check, request.constraint)
@@ -223,7 +248,20 @@ def generation_draft(
         priority=request.priority,
         cache_policy=CachePolicy(reads=uses_cache, writes=uses_cache, salt=request.cache_salt),
         constraint=constraint,
+        adapter=request.adapter,
     )
+
+
+def _check_adapter(check: ViolationCollector, name: str, model: ModelInfo) -> None:
+    """Check that the adapter is one of the model's."""
+    names = [adapter.name for adapter in model.adapters]
+    if not name or name in names:
+        return
+    shown = ", ".join(repr(each) for each in names[:_MOST_NAMES])
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    loaded = f"it has {shown}{more}" if names else "it was loaded without any"
+    text = f"the loaded model has no adapter {name[:MAX_ADAPTER_NAME_CHARS]!r}: {loaded}"
+    check.require("adapter", ok=False, text=text)
 
 
 def check_ends(check: ViolationCollector, options: pb.CompletionOptions) -> None:

@@ -109,11 +109,11 @@ def test_loads_with_other_kv_bits_share_no_blocks(loads: Loads) -> None:
     texts = {}
     for bits in (8, 0, 4):
         with loads.load(DEMO, kv_bits=bits, **spec) as model:
-            texts[bits], cached = _run(model, prompt, SEEDED)
+            texts[bits], cached = run_row(model, prompt, SEEDED)
             assert (cached, model.info.warnings) == (0, ())
     for bits, text in texts.items():
         with loads.load(DEMO, kv_bits=bits, **spec) as model:
-            assert _run(model, prompt, SEEDED) == (text, 256)
+            assert run_row(model, prompt, SEEDED) == (text, 256)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def test_every_load_option_reaches_the_runner(fake: FakeRunner) -> None:
         *("load", fake.address, "org/name", "--context-length", "99", "--parallel", "2"),
         *("--dtype", "bfloat16", "--memory-limit", "8MiB", "--prefix-cache", "1MiB"),
         *("--memory-override", "--allow-inexact", "--kv-bits", "8"),
+        *("--adapter", "sql=/adapters/sql", "--adapter", "a=b=c"),
     )
     assert result.exit_code == 0, result.output
     assert fake.requests == [
@@ -57,8 +58,38 @@ def test_every_load_option_reaches_the_runner(fake: FakeRunner) -> None:
             memory_override=True,
             allow_inexact=True,
             kv_bits=8,
+            adapters=[
+                pb.Adapter(name="sql", path="/adapters/sql"),
+                pb.Adapter(name="a", path="b=c"),
+            ],
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (["sql"], "'sql': expected NAME=DIR"),
+        (["=x"], "'=x': expected NAME=DIR"),
+        (["a=x", "a=y"], "--adapter: two adapters have the same name"),
+    ],
+)
+def test_an_adapter_needs_a_name_of_its_own(
+    fake: FakeRunner, values: list[str], problem: str
+) -> None:
+    options = [part for value in values for part in ("--adapter", value)]
+    result = invoke("load", fake.address, "org/name", *options)
+    assert result.exit_code == 2
+    assert problem in result.stderr
+    assert fake.requests == []
+
+
+def test_a_refused_adapter_is_named_as_an_option(fake: FakeRunner) -> None:
+    violations = [("adapters[0].path", "'b' is not a directory")]
+    text = "adapters[0].path: 'b' is not a directory"
+    fake.failure = Failure("INVALID_FIELD", text, field_violations=violations)
+    result = invoke("load", fake.address, "org/name", "--adapter", "a=b")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, f"error: {text}")
 
 
 def test_a_model_that_does_not_fit_exits_with_3(fake: FakeRunner) -> None:

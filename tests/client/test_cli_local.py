@@ -52,13 +52,20 @@ def test_serve_without_a_model_passes_only_the_address(become: Mock) -> None:
 def test_serve_forwards_every_option(become: Mock) -> None:
     samples = {"--listen": "unix:/s", "--model": "m", "--metrics-listen": "[::1]:0"}
     samples |= {"ADDRESS": "a:1", "N": "3", "SIZE": "2GiB", "SECONDS": "1.5", "DIR": "/"}
-    samples["FILE"] = __file__
+    samples |= {"FILE": __file__, "NAME=DIR": "a=/"}
     given: list[str] = []
     for option in SERVER_OPTIONS:
         given.append(option.flag)
         if not option.is_switch:
             choice = option.choices[-1] if option.choices else None
             given.append(choice or samples.get(option.flag) or samples[option.metavar])
+    result = invoke("serve", *given)
+    assert result.exit_code == 0, result.stderr
+    assert _arguments(become) == given
+
+
+def test_serve_forwards_every_adapter(become: Mock) -> None:
+    given = ["--model", "m", "--adapter", "a=/a", "--adapter", "b=/b=c"]
     result = invoke("serve", *given)
     assert result.exit_code == 0, result.stderr
     assert _arguments(become) == given

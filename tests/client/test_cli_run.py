@@ -50,7 +50,8 @@ class FakeProcess(RunnerClient):
 
     def wait_until_running(self, on_progress: Callable[[Status], None]) -> LoadResult:
         """Load the model into the fake runner."""
-        return super().load(self.model, on_progress=on_progress)
+        options: Any = self.settings.get("options")
+        return super().load(self.model, options=options, on_progress=on_progress)
 
     def completion(self, *args: Any, **kwargs: Any) -> CompletionStream:
         """Stream a completion, which fails with ``completion_failure`` if one is set."""
@@ -131,6 +132,24 @@ def test_every_option_reaches_the_runner(fake: FakeRunner, started: list[FakePro
         kv_bits=4,
     )
     assert started[0].settings == {"options": load, "parallel": 1}
+
+
+def test_an_adapter_is_a_directory_of_the_runner_that_is_started(
+    fake: FakeRunner, started: list[FakeProcess]
+) -> None:
+    assert invoke("run", "m", "Hi", "--adapter", "/adapters/sql").exit_code == 0
+    expected = LoadOptions(adapters={"adapter": "/adapters/sql"})
+    assert started[0].settings == {"options": expected, "parallel": 1}
+    assert fake.requests[-1].adapter == "adapter"  # type: ignore[attr-defined]  # as above
+
+
+def test_an_adapter_is_a_name_of_the_runner_at_an_address(fake: FakeRunner) -> None:
+    fake.adapters = {"sql": "/adapters/sql"}
+    assert invoke("run", "--address", fake.address, "Hi", "--adapter", "sql").exit_code == 0
+    assert fake.requests[-1].adapter == "sql"  # type: ignore[attr-defined]  # as above
+    result = invoke("run", "--address", fake.address, "Hi", "--adapter", "fr")
+    assert result.exit_code == 2
+    assert result.stderr.endswith("error: --adapter: the loaded model has no adapter 'fr'\n")
 
 
 def test_options_not_given_are_left_to_the_server(

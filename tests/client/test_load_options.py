@@ -34,8 +34,14 @@ FULL = LoadOptions(
     memory_override=True,
     allow_inexact=True,
     kv_bits=8,
+    adapters={"sql": "/adapters/sql", "fr": "/adapters/fr"},
 )
-REQUEST = pb.LoadRequest(model="org/name", **{**asdict(FULL), "dtype": pb.DTYPE_BFLOAT16})
+FIELDS = {
+    **asdict(FULL),
+    "dtype": pb.DTYPE_BFLOAT16,
+    "adapters": [pb.Adapter(name=name, path=path) for name, path in FULL.adapters.items()],
+}
+REQUEST = pb.LoadRequest(model="org/name", **FIELDS)
 
 
 @pytest.fixture
@@ -65,8 +71,7 @@ async def test_options_and_keywords_send_the_same_estimate(runner: FakeRunner) -
     async with AsyncRunnerClient(runner.address) as client:
         await client.estimate("org/name", options=FULL)
         await client.estimate("org/name", **asdict(FULL))
-    fields = {**asdict(FULL), "dtype": pb.DTYPE_BFLOAT16}
-    del fields["memory_override"]
+    fields = {name: value for name, value in FIELDS.items() if name != "memory_override"}
     assert runner.requests == [pb.EstimateRequest(model="org/name", **fields)] * 2
 
 

@@ -13,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_server.api.validation import load_spec, trim_bytes, watch_interval
 from runner_server.config import parse_args
+from runner_server.engine.adapters import AdapterSpec
 from runner_server.engine.types import Dtype, LoadSpec
 from support.fakes import VOCAB_SIZE
 from support.harness import Server, failure, tokens
@@ -214,6 +215,10 @@ LOAD_INSIDE: list[tuple[dict[str, Any], LoadSpec]] = [
     ({"kv_bits": 0}, LoadSpec("m")),
     ({"kv_bits": 4}, LoadSpec("m", kv_bits=4)),
     ({"kv_bits": 8}, LoadSpec("m", kv_bits=8)),
+    (
+        {"adapters": [pb.Adapter(name="n" * 128, path="p"), pb.Adapter(name="b", path="p" * 4096)]},
+        LoadSpec("m", adapters=(AdapterSpec("n" * 128, "p"), AdapterSpec("b", "p" * 4096))),
+    ),
 ]
 
 
@@ -242,7 +247,19 @@ LOAD_OUTSIDE: list[tuple[str, Callable[[], pb.LoadRequest]]] = [
     ("prefix_cache_bytes", lambda: pb.LoadRequest(model="m", prefix_cache_bytes=-1)),
     ("prefix_cache_bytes", lambda: pb.LoadRequest(model="m", prefix_cache_bytes=-(2**63))),
     ("dtype", lambda: pb.LoadRequest(model="m", dtype=99)),  # type: ignore[arg-type]  # unknown
+    ("adapters", lambda: _adapters(*((str(i), "p") for i in range(65)))),
+    ("adapters[0].name", lambda: _adapters(("", "p"))),
+    ("adapters[0].name", lambda: _adapters(("n" * 129, "p"))),
+    ("adapters[1].name", lambda: _adapters(("a", "p"), ("a", "q"))),
+    ("adapters[1].path", lambda: _adapters(("a", "p"), ("b", ""))),
+    ("adapters[0].path", lambda: _adapters(("a", "p" * 4097))),
+    ("adapters[0].path", lambda: _adapters(("a", "p\0q"))),
 ]
+
+
+def _adapters(*adapters: tuple[str, str]) -> pb.LoadRequest:
+    adapted = [pb.Adapter(name=name, path=path) for name, path in adapters]
+    return pb.LoadRequest(model="m", adapters=adapted)
 
 
 @pytest.mark.parametrize("size", [0, 2**63 - 1])

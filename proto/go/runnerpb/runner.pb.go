@@ -607,6 +607,10 @@ type LoadRequest struct {
 	// because a setting or a tensor would go unused, and lists the differences in
 	// `Model.warnings`. Otherwise such a model is refused. Default: false.
 	AllowInexact bool `protobuf:"varint,8,opt,name=allow_inexact,json=allowInexact,proto3" json:"allow_inexact,omitempty"`
+	// LoRA and DoRA adapters to load with the model, which requests select by name
+	// (`CompletionRequest.adapter`). At most 64. Refused if several ranks hold the model.
+	// Default: none.
+	Adapters []*Adapter `protobuf:"bytes,9,rep,name=adapters,proto3" json:"adapters,omitempty"`
 	// Bits of each number in the KV caches of layers that keep every token: 4, 8,
 	// or 0 for the number format of the weights. Fewer bits hold more tokens in the
 	// same memory, and change the texts a little. Layers with a sliding window or a
@@ -703,11 +707,77 @@ func (x *LoadRequest) GetAllowInexact() bool {
 	return false
 }
 
+func (x *LoadRequest) GetAdapters() []*Adapter {
+	if x != nil {
+		return x.Adapters
+	}
+	return nil
+}
+
 func (x *LoadRequest) GetKvBits() int32 {
 	if x != nil {
 		return x.KvBits
 	}
 	return 0
+}
+
+// An adapter: a small change of a model's layers. Requests with different adapters, or
+// none, run together like others.
+type Adapter struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The name by which requests select it. Required; at most 128 characters, and
+	// different from those of the others.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// A directory with the files that mlx_lm writes (adapter_config.json and
+	// adapters.safetensors), as the server's file system names it. Required; at most
+	// 4,096 characters.
+	Path          string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Adapter) Reset() {
+	*x = Adapter{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Adapter) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Adapter) ProtoMessage() {}
+
+func (x *Adapter) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Adapter.ProtoReflect.Descriptor instead.
+func (*Adapter) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Adapter) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Adapter) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
 }
 
 // The result of a load.
@@ -723,7 +793,7 @@ type LoadResponse struct {
 
 func (x *LoadResponse) Reset() {
 	*x = LoadResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[1]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -735,7 +805,7 @@ func (x *LoadResponse) String() string {
 func (*LoadResponse) ProtoMessage() {}
 
 func (x *LoadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[1]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -748,7 +818,7 @@ func (x *LoadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadResponse.ProtoReflect.Descriptor instead.
 func (*LoadResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{1}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *LoadResponse) GetModel() *Model {
@@ -797,6 +867,8 @@ type Model struct {
 	Warnings []string `protobuf:"bytes,11,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	// What requests this model and this server accept.
 	Capabilities *Capabilities `protobuf:"bytes,12,opt,name=capabilities,proto3" json:"capabilities,omitempty"`
+	// The adapters that requests may select.
+	Adapters []*Adapter `protobuf:"bytes,13,rep,name=adapters,proto3" json:"adapters,omitempty"`
 	// `LoadRequest.kv_bits`: 4 or 8, or 0 if the KV caches are not quantized.
 	KvBits        int32 `protobuf:"varint,15,opt,name=kv_bits,json=kvBits,proto3" json:"kv_bits,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -805,7 +877,7 @@ type Model struct {
 
 func (x *Model) Reset() {
 	*x = Model{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[2]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -817,7 +889,7 @@ func (x *Model) String() string {
 func (*Model) ProtoMessage() {}
 
 func (x *Model) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[2]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -830,7 +902,7 @@ func (x *Model) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Model.ProtoReflect.Descriptor instead.
 func (*Model) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{2}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Model) GetName() string {
@@ -917,6 +989,13 @@ func (x *Model) GetCapabilities() *Capabilities {
 	return nil
 }
 
+func (x *Model) GetAdapters() []*Adapter {
+	if x != nil {
+		return x.Adapters
+	}
+	return nil
+}
+
 func (x *Model) GetKvBits() int32 {
 	if x != nil {
 		return x.KvBits
@@ -985,7 +1064,7 @@ type Capabilities struct {
 
 func (x *Capabilities) Reset() {
 	*x = Capabilities{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[3]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -997,7 +1076,7 @@ func (x *Capabilities) String() string {
 func (*Capabilities) ProtoMessage() {}
 
 func (x *Capabilities) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[3]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1010,7 +1089,7 @@ func (x *Capabilities) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capabilities.ProtoReflect.Descriptor instead.
 func (*Capabilities) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{3}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Capabilities) GetBatched() bool {
@@ -1156,6 +1235,8 @@ type EstimateRequest struct {
 	PrefixCacheBytes *int64 `protobuf:"varint,6,opt,name=prefix_cache_bytes,json=prefixCacheBytes,proto3,oneof" json:"prefix_cache_bytes,omitempty"`
 	// Default: false.
 	AllowInexact bool `protobuf:"varint,8,opt,name=allow_inexact,json=allowInexact,proto3" json:"allow_inexact,omitempty"`
+	// Default: none.
+	Adapters []*Adapter `protobuf:"bytes,9,rep,name=adapters,proto3" json:"adapters,omitempty"`
 	// Default: 0.
 	KvBits        int32 `protobuf:"varint,11,opt,name=kv_bits,json=kvBits,proto3" json:"kv_bits,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1164,7 +1245,7 @@ type EstimateRequest struct {
 
 func (x *EstimateRequest) Reset() {
 	*x = EstimateRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[4]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1176,7 +1257,7 @@ func (x *EstimateRequest) String() string {
 func (*EstimateRequest) ProtoMessage() {}
 
 func (x *EstimateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[4]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1189,7 +1270,7 @@ func (x *EstimateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EstimateRequest.ProtoReflect.Descriptor instead.
 func (*EstimateRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{4}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *EstimateRequest) GetModel() string {
@@ -1239,6 +1320,13 @@ func (x *EstimateRequest) GetAllowInexact() bool {
 		return x.AllowInexact
 	}
 	return false
+}
+
+func (x *EstimateRequest) GetAdapters() []*Adapter {
+	if x != nil {
+		return x.Adapters
+	}
+	return nil
 }
 
 func (x *EstimateRequest) GetKvBits() int32 {
@@ -1300,7 +1388,7 @@ type EstimateResponse struct {
 
 func (x *EstimateResponse) Reset() {
 	*x = EstimateResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[5]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1312,7 +1400,7 @@ func (x *EstimateResponse) String() string {
 func (*EstimateResponse) ProtoMessage() {}
 
 func (x *EstimateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[5]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1325,7 +1413,7 @@ func (x *EstimateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EstimateResponse.ProtoReflect.Descriptor instead.
 func (*EstimateResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{5}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *EstimateResponse) GetWeightBytes() int64 {
@@ -1456,7 +1544,7 @@ type TrimRequest struct {
 
 func (x *TrimRequest) Reset() {
 	*x = TrimRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[6]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1468,7 +1556,7 @@ func (x *TrimRequest) String() string {
 func (*TrimRequest) ProtoMessage() {}
 
 func (x *TrimRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[6]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1481,7 +1569,7 @@ func (x *TrimRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrimRequest.ProtoReflect.Descriptor instead.
 func (*TrimRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{6}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *TrimRequest) GetPrefixCacheBytes() int64 {
@@ -1510,7 +1598,7 @@ type TrimResponse struct {
 
 func (x *TrimResponse) Reset() {
 	*x = TrimResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[7]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1522,7 +1610,7 @@ func (x *TrimResponse) String() string {
 func (*TrimResponse) ProtoMessage() {}
 
 func (x *TrimResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[7]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1535,7 +1623,7 @@ func (x *TrimResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrimResponse.ProtoReflect.Descriptor instead.
 func (*TrimResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{7}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *TrimResponse) GetFreedBytes() int64 {
@@ -1558,7 +1646,7 @@ type UnloadRequest struct {
 
 func (x *UnloadRequest) Reset() {
 	*x = UnloadRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[8]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1570,7 +1658,7 @@ func (x *UnloadRequest) String() string {
 func (*UnloadRequest) ProtoMessage() {}
 
 func (x *UnloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[8]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1583,7 +1671,7 @@ func (x *UnloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnloadRequest.ProtoReflect.Descriptor instead.
 func (*UnloadRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{8}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *UnloadRequest) GetModel() string {
@@ -1604,7 +1692,7 @@ type UnloadResponse struct {
 
 func (x *UnloadResponse) Reset() {
 	*x = UnloadResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[9]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1616,7 +1704,7 @@ func (x *UnloadResponse) String() string {
 func (*UnloadResponse) ProtoMessage() {}
 
 func (x *UnloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[9]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1629,7 +1717,7 @@ func (x *UnloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnloadResponse.ProtoReflect.Descriptor instead.
 func (*UnloadResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{9}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *UnloadResponse) GetFreedBytes() int64 {
@@ -1652,7 +1740,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[10]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1664,7 +1752,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[10]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1677,7 +1765,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{10}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *StatusRequest) GetModel() string {
@@ -1759,7 +1847,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[11]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1771,7 +1859,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[11]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1784,7 +1872,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{11}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *StatusResponse) GetState() State {
@@ -1964,7 +2052,7 @@ type WatchStatusRequest struct {
 
 func (x *WatchStatusRequest) Reset() {
 	*x = WatchStatusRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[12]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1976,7 +2064,7 @@ func (x *WatchStatusRequest) String() string {
 func (*WatchStatusRequest) ProtoMessage() {}
 
 func (x *WatchStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[12]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1989,7 +2077,7 @@ func (x *WatchStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchStatusRequest.ProtoReflect.Descriptor instead.
 func (*WatchStatusRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{12}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WatchStatusRequest) GetInterval() *durationpb.Duration {
@@ -2017,7 +2105,7 @@ type WatchStatusResponse struct {
 
 func (x *WatchStatusResponse) Reset() {
 	*x = WatchStatusResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[13]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2029,7 +2117,7 @@ func (x *WatchStatusResponse) String() string {
 func (*WatchStatusResponse) ProtoMessage() {}
 
 func (x *WatchStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[13]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2042,7 +2130,7 @@ func (x *WatchStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchStatusResponse.ProtoReflect.Descriptor instead.
 func (*WatchStatusResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{13}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WatchStatusResponse) GetStatus() *StatusResponse {
@@ -2071,7 +2159,7 @@ type Rank struct {
 
 func (x *Rank) Reset() {
 	*x = Rank{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[14]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2083,7 +2171,7 @@ func (x *Rank) String() string {
 func (*Rank) ProtoMessage() {}
 
 func (x *Rank) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[14]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2096,7 +2184,7 @@ func (x *Rank) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rank.ProtoReflect.Descriptor instead.
 func (*Rank) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{14}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Rank) GetRank() int32 {
@@ -2167,7 +2255,7 @@ type MemoryUsage struct {
 
 func (x *MemoryUsage) Reset() {
 	*x = MemoryUsage{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[15]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2179,7 +2267,7 @@ func (x *MemoryUsage) String() string {
 func (*MemoryUsage) ProtoMessage() {}
 
 func (x *MemoryUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[15]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2192,7 +2280,7 @@ func (x *MemoryUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryUsage.ProtoReflect.Descriptor instead.
 func (*MemoryUsage) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{15}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *MemoryUsage) GetActiveBytes() int64 {
@@ -2269,7 +2357,7 @@ type TokenIds struct {
 
 func (x *TokenIds) Reset() {
 	*x = TokenIds{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[16]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2281,7 +2369,7 @@ func (x *TokenIds) String() string {
 func (*TokenIds) ProtoMessage() {}
 
 func (x *TokenIds) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[16]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2294,7 +2382,7 @@ func (x *TokenIds) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenIds.ProtoReflect.Descriptor instead.
 func (*TokenIds) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{16}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *TokenIds) GetIds() []int32 {
@@ -2360,14 +2448,17 @@ type CompletionRequest struct {
 	// What the text must be. `Capabilities.constraint_kinds` says what the model and
 	// the server accept. Refused with `ignore_eos` and `min_predict`: the constraint
 	// says where the text may end. Default: unset, any text.
-	Constraint    *Constraint `protobuf:"bytes,13,opt,name=constraint,proto3" json:"constraint,omitempty"`
+	Constraint *Constraint `protobuf:"bytes,13,opt,name=constraint,proto3" json:"constraint,omitempty"`
+	// The adapter to use: the name of one of `Model.adapters`. The prefix cache keeps
+	// prompts of different adapters apart. Default: empty, the model without an adapter.
+	Adapter       string `protobuf:"bytes,14,opt,name=adapter,proto3" json:"adapter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CompletionRequest) Reset() {
 	*x = CompletionRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[17]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2379,7 +2470,7 @@ func (x *CompletionRequest) String() string {
 func (*CompletionRequest) ProtoMessage() {}
 
 func (x *CompletionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[17]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2392,7 +2483,7 @@ func (x *CompletionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompletionRequest.ProtoReflect.Descriptor instead.
 func (*CompletionRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{17}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CompletionRequest) GetInput() isCompletionRequest_Input {
@@ -2497,6 +2588,13 @@ func (x *CompletionRequest) GetConstraint() *Constraint {
 	return nil
 }
 
+func (x *CompletionRequest) GetAdapter() string {
+	if x != nil {
+		return x.Adapter
+	}
+	return ""
+}
+
 type isCompletionRequest_Input interface {
 	isCompletionRequest_Input()
 }
@@ -2545,7 +2643,7 @@ type Constraint struct {
 
 func (x *Constraint) Reset() {
 	*x = Constraint{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[18]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2557,7 +2655,7 @@ func (x *Constraint) String() string {
 func (*Constraint) ProtoMessage() {}
 
 func (x *Constraint) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[18]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2570,7 +2668,7 @@ func (x *Constraint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Constraint.ProtoReflect.Descriptor instead.
 func (*Constraint) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{18}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Constraint) GetKind() isConstraint_Kind {
@@ -2680,7 +2778,7 @@ type JsonObject struct {
 
 func (x *JsonObject) Reset() {
 	*x = JsonObject{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[19]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2692,7 +2790,7 @@ func (x *JsonObject) String() string {
 func (*JsonObject) ProtoMessage() {}
 
 func (x *JsonObject) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[19]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2705,7 +2803,7 @@ func (x *JsonObject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JsonObject.ProtoReflect.Descriptor instead.
 func (*JsonObject) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{19}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{20}
 }
 
 // One of several texts.
@@ -2719,7 +2817,7 @@ type Choice struct {
 
 func (x *Choice) Reset() {
 	*x = Choice{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2731,7 +2829,7 @@ func (x *Choice) String() string {
 func (*Choice) ProtoMessage() {}
 
 func (x *Choice) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2744,7 +2842,7 @@ func (x *Choice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Choice.ProtoReflect.Descriptor instead.
 func (*Choice) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{20}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Choice) GetTexts() []string {
@@ -2820,7 +2918,7 @@ type CompletionOptions struct {
 
 func (x *CompletionOptions) Reset() {
 	*x = CompletionOptions{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2832,7 +2930,7 @@ func (x *CompletionOptions) String() string {
 func (*CompletionOptions) ProtoMessage() {}
 
 func (x *CompletionOptions) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2845,7 +2943,7 @@ func (x *CompletionOptions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompletionOptions.ProtoReflect.Descriptor instead.
 func (*CompletionOptions) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{21}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CompletionOptions) GetTemperature() float32 {
@@ -3009,7 +3107,7 @@ type CompletionResponse struct {
 
 func (x *CompletionResponse) Reset() {
 	*x = CompletionResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3021,7 +3119,7 @@ func (x *CompletionResponse) String() string {
 func (*CompletionResponse) ProtoMessage() {}
 
 func (x *CompletionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3034,7 +3132,7 @@ func (x *CompletionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompletionResponse.ProtoReflect.Descriptor instead.
 func (*CompletionResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{22}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CompletionResponse) GetContent() string {
@@ -3169,7 +3267,7 @@ type PromptProgress struct {
 
 func (x *PromptProgress) Reset() {
 	*x = PromptProgress{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3181,7 +3279,7 @@ func (x *PromptProgress) String() string {
 func (*PromptProgress) ProtoMessage() {}
 
 func (x *PromptProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3194,7 +3292,7 @@ func (x *PromptProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromptProgress.ProtoReflect.Descriptor instead.
 func (*PromptProgress) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{23}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PromptProgress) GetEvaluatedCount() int32 {
@@ -3240,7 +3338,7 @@ type TokenLogprob struct {
 
 func (x *TokenLogprob) Reset() {
 	*x = TokenLogprob{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3252,7 +3350,7 @@ func (x *TokenLogprob) String() string {
 func (*TokenLogprob) ProtoMessage() {}
 
 func (x *TokenLogprob) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3265,7 +3363,7 @@ func (x *TokenLogprob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenLogprob.ProtoReflect.Descriptor instead.
 func (*TokenLogprob) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{24}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *TokenLogprob) GetTokenId() int32 {
@@ -3327,7 +3425,7 @@ type TopLogprob struct {
 
 func (x *TopLogprob) Reset() {
 	*x = TopLogprob{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3339,7 +3437,7 @@ func (x *TopLogprob) String() string {
 func (*TopLogprob) ProtoMessage() {}
 
 func (x *TopLogprob) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3352,7 +3450,7 @@ func (x *TopLogprob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopLogprob.ProtoReflect.Descriptor instead.
 func (*TopLogprob) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{25}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *TopLogprob) GetTokenId() int32 {
@@ -3395,7 +3493,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3407,7 +3505,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3420,7 +3518,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{26}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AbortRequest) GetRequestIds() []string {
@@ -3441,7 +3539,7 @@ type AbortResponse struct {
 
 func (x *AbortResponse) Reset() {
 	*x = AbortResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3453,7 +3551,7 @@ func (x *AbortResponse) String() string {
 func (*AbortResponse) ProtoMessage() {}
 
 func (x *AbortResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3466,7 +3564,7 @@ func (x *AbortResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortResponse.ProtoReflect.Descriptor instead.
 func (*AbortResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{27}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AbortResponse) GetAbortedCount() int32 {
@@ -3488,7 +3586,7 @@ type DrainRequest struct {
 
 func (x *DrainRequest) Reset() {
 	*x = DrainRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[28]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3500,7 +3598,7 @@ func (x *DrainRequest) String() string {
 func (*DrainRequest) ProtoMessage() {}
 
 func (x *DrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[28]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3513,7 +3611,7 @@ func (x *DrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
 func (*DrainRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{28}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *DrainRequest) GetTimeout() *durationpb.Duration {
@@ -3538,7 +3636,7 @@ type DrainResponse struct {
 
 func (x *DrainResponse) Reset() {
 	*x = DrainResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[29]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3550,7 +3648,7 @@ func (x *DrainResponse) String() string {
 func (*DrainResponse) ProtoMessage() {}
 
 func (x *DrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[29]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3563,7 +3661,7 @@ func (x *DrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
 func (*DrainResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{29}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *DrainResponse) GetFinishedCount() int32 {
@@ -3604,7 +3702,7 @@ type TokenizeRequest struct {
 
 func (x *TokenizeRequest) Reset() {
 	*x = TokenizeRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[30]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3616,7 +3714,7 @@ func (x *TokenizeRequest) String() string {
 func (*TokenizeRequest) ProtoMessage() {}
 
 func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[30]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3629,7 +3727,7 @@ func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeRequest.ProtoReflect.Descriptor instead.
 func (*TokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{30}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *TokenizeRequest) GetContent() string {
@@ -3671,7 +3769,7 @@ type TokenizeResponse struct {
 
 func (x *TokenizeResponse) Reset() {
 	*x = TokenizeResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[31]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3683,7 +3781,7 @@ func (x *TokenizeResponse) String() string {
 func (*TokenizeResponse) ProtoMessage() {}
 
 func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[31]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3696,7 +3794,7 @@ func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeResponse.ProtoReflect.Descriptor instead.
 func (*TokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{31}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *TokenizeResponse) GetTokenIds() []int32 {
@@ -3721,7 +3819,7 @@ type DetokenizeRequest struct {
 
 func (x *DetokenizeRequest) Reset() {
 	*x = DetokenizeRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[32]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3733,7 +3831,7 @@ func (x *DetokenizeRequest) String() string {
 func (*DetokenizeRequest) ProtoMessage() {}
 
 func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[32]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3746,7 +3844,7 @@ func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeRequest.ProtoReflect.Descriptor instead.
 func (*DetokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{32}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *DetokenizeRequest) GetTokenIds() []int32 {
@@ -3774,7 +3872,7 @@ type DetokenizeResponse struct {
 
 func (x *DetokenizeResponse) Reset() {
 	*x = DetokenizeResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[33]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3786,7 +3884,7 @@ func (x *DetokenizeResponse) String() string {
 func (*DetokenizeResponse) ProtoMessage() {}
 
 func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[33]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3799,7 +3897,7 @@ func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeResponse.ProtoReflect.Descriptor instead.
 func (*DetokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{33}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *DetokenizeResponse) GetContent() string {
@@ -3837,7 +3935,7 @@ type ChatMessage struct {
 
 func (x *ChatMessage) Reset() {
 	*x = ChatMessage{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[34]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3849,7 +3947,7 @@ func (x *ChatMessage) String() string {
 func (*ChatMessage) ProtoMessage() {}
 
 func (x *ChatMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[34]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3862,7 +3960,7 @@ func (x *ChatMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChatMessage.ProtoReflect.Descriptor instead.
 func (*ChatMessage) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{34}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ChatMessage) GetRole() Role {
@@ -3929,7 +4027,7 @@ type ContentPart struct {
 
 func (x *ContentPart) Reset() {
 	*x = ContentPart{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[35]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3941,7 +4039,7 @@ func (x *ContentPart) String() string {
 func (*ContentPart) ProtoMessage() {}
 
 func (x *ContentPart) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[35]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3954,7 +4052,7 @@ func (x *ContentPart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContentPart.ProtoReflect.Descriptor instead.
 func (*ContentPart) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{35}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ContentPart) GetPart() isContentPart_Part {
@@ -3999,7 +4097,7 @@ type ToolCall struct {
 
 func (x *ToolCall) Reset() {
 	*x = ToolCall{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[36]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4011,7 +4109,7 @@ func (x *ToolCall) String() string {
 func (*ToolCall) ProtoMessage() {}
 
 func (x *ToolCall) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[36]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4024,7 +4122,7 @@ func (x *ToolCall) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ToolCall.ProtoReflect.Descriptor instead.
 func (*ToolCall) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{36}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ToolCall) GetId() string {
@@ -4064,7 +4162,7 @@ type Tool struct {
 
 func (x *Tool) Reset() {
 	*x = Tool{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[37]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4076,7 +4174,7 @@ func (x *Tool) String() string {
 func (*Tool) ProtoMessage() {}
 
 func (x *Tool) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[37]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4089,7 +4187,7 @@ func (x *Tool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tool.ProtoReflect.Descriptor instead.
 func (*Tool) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{37}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Tool) GetName() string {
@@ -4145,7 +4243,7 @@ type RenderChatRequest struct {
 
 func (x *RenderChatRequest) Reset() {
 	*x = RenderChatRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[38]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4157,7 +4255,7 @@ func (x *RenderChatRequest) String() string {
 func (*RenderChatRequest) ProtoMessage() {}
 
 func (x *RenderChatRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[38]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4170,7 +4268,7 @@ func (x *RenderChatRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenderChatRequest.ProtoReflect.Descriptor instead.
 func (*RenderChatRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{38}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RenderChatRequest) GetMessages() []*ChatMessage {
@@ -4221,7 +4319,7 @@ type RenderChatResponse struct {
 
 func (x *RenderChatResponse) Reset() {
 	*x = RenderChatResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[39]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4233,7 +4331,7 @@ func (x *RenderChatResponse) String() string {
 func (*RenderChatResponse) ProtoMessage() {}
 
 func (x *RenderChatResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[39]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4246,7 +4344,7 @@ func (x *RenderChatResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenderChatResponse.ProtoReflect.Descriptor instead.
 func (*RenderChatResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{39}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RenderChatResponse) GetPrompt() string {
@@ -4317,14 +4415,17 @@ type ChatRequest struct {
 	ReasoningBudget *int32 `protobuf:"varint,15,opt,name=reasoning_budget,json=reasoningBudget,proto3,oneof" json:"reasoning_budget,omitempty"`
 	// Treats the special tokens written in the conversation as text, as
 	// `RenderChatRequest.literal`. Default: false.
-	Literal       bool `protobuf:"varint,16,opt,name=literal,proto3" json:"literal,omitempty"`
+	Literal bool `protobuf:"varint,16,opt,name=literal,proto3" json:"literal,omitempty"`
+	// The adapter to use, as `CompletionRequest.adapter`. The chat template is the
+	// model's. Default: empty, the model without an adapter.
+	Adapter       string `protobuf:"bytes,17,opt,name=adapter,proto3" json:"adapter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ChatRequest) Reset() {
 	*x = ChatRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[40]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4336,7 +4437,7 @@ func (x *ChatRequest) String() string {
 func (*ChatRequest) ProtoMessage() {}
 
 func (x *ChatRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[40]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4349,7 +4450,7 @@ func (x *ChatRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChatRequest.ProtoReflect.Descriptor instead.
 func (*ChatRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{40}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ChatRequest) GetMessages() []*ChatMessage {
@@ -4464,6 +4565,13 @@ func (x *ChatRequest) GetLiteral() bool {
 	return false
 }
 
+func (x *ChatRequest) GetAdapter() string {
+	if x != nil {
+		return x.Adapter
+	}
+	return ""
+}
+
 // A part of an answer. During prefill a message may have nothing but
 // `prompt_progress`. A slow reader gets fewer, larger messages.
 type ChatResponse struct {
@@ -4526,7 +4634,7 @@ type ChatResponse struct {
 
 func (x *ChatResponse) Reset() {
 	*x = ChatResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[41]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4538,7 +4646,7 @@ func (x *ChatResponse) String() string {
 func (*ChatResponse) ProtoMessage() {}
 
 func (x *ChatResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[41]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4551,7 +4659,7 @@ func (x *ChatResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChatResponse.ProtoReflect.Descriptor instead.
 func (*ChatResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{41}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ChatResponse) GetContent() string {
@@ -4711,7 +4819,7 @@ type EmbedRequest struct {
 
 func (x *EmbedRequest) Reset() {
 	*x = EmbedRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[42]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4723,7 +4831,7 @@ func (x *EmbedRequest) String() string {
 func (*EmbedRequest) ProtoMessage() {}
 
 func (x *EmbedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[42]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4736,7 +4844,7 @@ func (x *EmbedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmbedRequest.ProtoReflect.Descriptor instead.
 func (*EmbedRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{42}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *EmbedRequest) GetInputs() []*EmbedInput {
@@ -4790,7 +4898,7 @@ type EmbedInput struct {
 
 func (x *EmbedInput) Reset() {
 	*x = EmbedInput{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[43]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4802,7 +4910,7 @@ func (x *EmbedInput) String() string {
 func (*EmbedInput) ProtoMessage() {}
 
 func (x *EmbedInput) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[43]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4815,7 +4923,7 @@ func (x *EmbedInput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmbedInput.ProtoReflect.Descriptor instead.
 func (*EmbedInput) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{43}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *EmbedInput) GetInput() isEmbedInput_Input {
@@ -4881,7 +4989,7 @@ type EmbedResponse struct {
 
 func (x *EmbedResponse) Reset() {
 	*x = EmbedResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[44]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4893,7 +5001,7 @@ func (x *EmbedResponse) String() string {
 func (*EmbedResponse) ProtoMessage() {}
 
 func (x *EmbedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[44]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4906,7 +5014,7 @@ func (x *EmbedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmbedResponse.ProtoReflect.Descriptor instead.
 func (*EmbedResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{44}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *EmbedResponse) GetEmbeddings() []*Embedding {
@@ -4951,7 +5059,7 @@ type Embedding struct {
 
 func (x *Embedding) Reset() {
 	*x = Embedding{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[45]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4963,7 +5071,7 @@ func (x *Embedding) String() string {
 func (*Embedding) ProtoMessage() {}
 
 func (x *Embedding) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[45]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4976,7 +5084,7 @@ func (x *Embedding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Embedding.ProtoReflect.Descriptor instead.
 func (*Embedding) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{45}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Embedding) GetValues() []float32 {
@@ -4997,7 +5105,7 @@ var File_mlxrunner_v1_runner_proto protoreflect.FileDescriptor
 
 const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\n" +
-	"\x19mlxrunner/v1/runner.proto\x12\fmlxrunner.v1\x1a\x1egoogle/protobuf/duration.proto\"\xb6\x03\n" +
+	"\x19mlxrunner/v1/runner.proto\x12\fmlxrunner.v1\x1a\x1egoogle/protobuf/duration.proto\"\xe9\x03\n" +
 	"\vLoadRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12*\n" +
 	"\x0econtext_length\x18\x02 \x01(\x05H\x00R\rcontextLength\x88\x01\x01\x12\x1f\n" +
@@ -5006,15 +5114,19 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x12memory_limit_bytes\x18\x05 \x01(\x03H\x02R\x10memoryLimitBytes\x88\x01\x01\x121\n" +
 	"\x12prefix_cache_bytes\x18\x06 \x01(\x03H\x03R\x10prefixCacheBytes\x88\x01\x01\x12'\n" +
 	"\x0fmemory_override\x18\a \x01(\bR\x0ememoryOverride\x12#\n" +
-	"\rallow_inexact\x18\b \x01(\bR\fallowInexact\x12\x17\n" +
+	"\rallow_inexact\x18\b \x01(\bR\fallowInexact\x121\n" +
+	"\badapters\x18\t \x03(\v2\x15.mlxrunner.v1.AdapterR\badapters\x12\x17\n" +
 	"\akv_bits\x18\v \x01(\x05R\x06kvBitsB\x11\n" +
 	"\x0f_context_lengthB\v\n" +
 	"\t_parallelB\x15\n" +
 	"\x13_memory_limit_bytesB\x15\n" +
-	"\x13_prefix_cache_bytes\"y\n" +
+	"\x13_prefix_cache_bytes\"1\n" +
+	"\aAdapter\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\"y\n" +
 	"\fLoadResponse\x12)\n" +
 	"\x05model\x18\x01 \x01(\v2\x13.mlxrunner.v1.ModelR\x05model\x12>\n" +
-	"\rload_duration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\floadDuration\"\xbf\x03\n" +
+	"\rload_duration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\floadDuration\"\xf2\x03\n" +
 	"\x05Model\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\"\n" +
@@ -5029,7 +5141,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0edtype_fallback\x18\n" +
 	" \x01(\bR\rdtypeFallback\x12\x1a\n" +
 	"\bwarnings\x18\v \x03(\tR\bwarnings\x12>\n" +
-	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\x12\x17\n" +
+	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\x121\n" +
+	"\badapters\x18\r \x03(\v2\x15.mlxrunner.v1.AdapterR\badapters\x12\x17\n" +
 	"\akv_bits\x18\x0f \x01(\x05R\x06kvBits\"\xf3\b\n" +
 	"\fCapabilities\x12\x1d\n" +
 	"\abatched\x18\x01 \x01(\bH\x00R\abatched\x88\x01\x01\x12&\n" +
@@ -5073,7 +5186,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\v_completionB\x16\n" +
 	"\x14_embedding_dimensionB\x12\n" +
 	"\x10_max_embed_countB\x13\n" +
-	"\x11_max_embed_tokens\"\x91\x03\n" +
+	"\x11_max_embed_tokens\"\xc4\x03\n" +
 	"\x0fEstimateRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12*\n" +
 	"\x0econtext_length\x18\x02 \x01(\x05H\x00R\rcontextLength\x88\x01\x01\x12\x1f\n" +
@@ -5081,7 +5194,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x05dtype\x18\x04 \x01(\x0e2\x13.mlxrunner.v1.DtypeR\x05dtype\x121\n" +
 	"\x12memory_limit_bytes\x18\x05 \x01(\x03H\x02R\x10memoryLimitBytes\x88\x01\x01\x121\n" +
 	"\x12prefix_cache_bytes\x18\x06 \x01(\x03H\x03R\x10prefixCacheBytes\x88\x01\x01\x12#\n" +
-	"\rallow_inexact\x18\b \x01(\bR\fallowInexact\x12\x17\n" +
+	"\rallow_inexact\x18\b \x01(\bR\fallowInexact\x121\n" +
+	"\badapters\x18\t \x03(\v2\x15.mlxrunner.v1.AdapterR\badapters\x12\x17\n" +
 	"\akv_bits\x18\v \x01(\x05R\x06kvBitsB\x11\n" +
 	"\x0f_context_lengthB\v\n" +
 	"\t_parallelB\x15\n" +
@@ -5173,7 +5287,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0ereserved_bytes\x18\b \x01(\x03R\rreservedBytes\x127\n" +
 	"\x18prefix_cache_limit_bytes\x18\t \x01(\x03R\x15prefixCacheLimitBytes\"\x1c\n" +
 	"\bTokenIds\x12\x10\n" +
-	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\xc5\x04\n" +
+	"\x03ids\x18\x01 \x03(\x05R\x03ids\"\xdf\x04\n" +
 	"\x11CompletionRequest\x12\x18\n" +
 	"\x06prompt\x18\x01 \x01(\tH\x00R\x06prompt\x12B\n" +
 	"\x10prompt_token_ids\x18\x02 \x01(\v2\x16.mlxrunner.v1.TokenIdsH\x00R\x0epromptTokenIds\x129\n" +
@@ -5192,7 +5306,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x0fprompt_logprobs\x18\f \x01(\x05H\x02R\x0epromptLogprobs\x88\x01\x01\x128\n" +
 	"\n" +
 	"constraint\x18\r \x01(\v2\x18.mlxrunner.v1.ConstraintR\n" +
-	"constraintB\a\n" +
+	"constraint\x12\x18\n" +
+	"\aadapter\x18\x0e \x01(\tR\aadapterB\a\n" +
 	"\x05inputB\v\n" +
 	"\t_logprobsB\x12\n" +
 	"\x10_prompt_logprobs\"\xd2\x01\n" +
@@ -5341,7 +5456,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\aliteral\x18\x05 \x01(\bR\aliteral\"I\n" +
 	"\x12RenderChatResponse\x12\x16\n" +
 	"\x06prompt\x18\x01 \x01(\tR\x06prompt\x12\x1b\n" +
-	"\ttoken_ids\x18\x02 \x03(\x05R\btokenIds\"\xc6\x05\n" +
+	"\ttoken_ids\x18\x02 \x03(\x05R\btokenIds\"\xe0\x05\n" +
 	"\vChatRequest\x125\n" +
 	"\bmessages\x18\x01 \x03(\v2\x19.mlxrunner.v1.ChatMessageR\bmessages\x12(\n" +
 	"\x05tools\x18\x02 \x03(\v2\x12.mlxrunner.v1.ToolR\x05tools\x129\n" +
@@ -5364,7 +5479,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x11logprob_token_ids\x18\r \x03(\x05R\x0flogprobTokenIds\x12\x1b\n" +
 	"\ttool_name\x18\x0e \x01(\tR\btoolName\x12.\n" +
 	"\x10reasoning_budget\x18\x0f \x01(\x05H\x01R\x0freasoningBudget\x88\x01\x01\x12\x18\n" +
-	"\aliteral\x18\x10 \x01(\bR\aliteralB\v\n" +
+	"\aliteral\x18\x10 \x01(\bR\aliteral\x12\x18\n" +
+	"\aadapter\x18\x11 \x01(\tR\aadapterB\v\n" +
 	"\t_logprobsB\x13\n" +
 	"\x11_reasoning_budget\"\xab\a\n" +
 	"\fChatResponse\x12\x18\n" +
@@ -5509,7 +5625,7 @@ func file_mlxrunner_v1_runner_proto_rawDescGZIP() []byte {
 }
 
 var file_mlxrunner_v1_runner_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
+var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
 var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(ErrorReason)(0),            // 0: mlxrunner.v1.ErrorReason
 	(State)(0),                  // 1: mlxrunner.v1.State
@@ -5519,141 +5635,145 @@ var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(Role)(0),                   // 5: mlxrunner.v1.Role
 	(ToolChoice)(0),             // 6: mlxrunner.v1.ToolChoice
 	(*LoadRequest)(nil),         // 7: mlxrunner.v1.LoadRequest
-	(*LoadResponse)(nil),        // 8: mlxrunner.v1.LoadResponse
-	(*Model)(nil),               // 9: mlxrunner.v1.Model
-	(*Capabilities)(nil),        // 10: mlxrunner.v1.Capabilities
-	(*EstimateRequest)(nil),     // 11: mlxrunner.v1.EstimateRequest
-	(*EstimateResponse)(nil),    // 12: mlxrunner.v1.EstimateResponse
-	(*TrimRequest)(nil),         // 13: mlxrunner.v1.TrimRequest
-	(*TrimResponse)(nil),        // 14: mlxrunner.v1.TrimResponse
-	(*UnloadRequest)(nil),       // 15: mlxrunner.v1.UnloadRequest
-	(*UnloadResponse)(nil),      // 16: mlxrunner.v1.UnloadResponse
-	(*StatusRequest)(nil),       // 17: mlxrunner.v1.StatusRequest
-	(*StatusResponse)(nil),      // 18: mlxrunner.v1.StatusResponse
-	(*WatchStatusRequest)(nil),  // 19: mlxrunner.v1.WatchStatusRequest
-	(*WatchStatusResponse)(nil), // 20: mlxrunner.v1.WatchStatusResponse
-	(*Rank)(nil),                // 21: mlxrunner.v1.Rank
-	(*MemoryUsage)(nil),         // 22: mlxrunner.v1.MemoryUsage
-	(*TokenIds)(nil),            // 23: mlxrunner.v1.TokenIds
-	(*CompletionRequest)(nil),   // 24: mlxrunner.v1.CompletionRequest
-	(*Constraint)(nil),          // 25: mlxrunner.v1.Constraint
-	(*JsonObject)(nil),          // 26: mlxrunner.v1.JsonObject
-	(*Choice)(nil),              // 27: mlxrunner.v1.Choice
-	(*CompletionOptions)(nil),   // 28: mlxrunner.v1.CompletionOptions
-	(*CompletionResponse)(nil),  // 29: mlxrunner.v1.CompletionResponse
-	(*PromptProgress)(nil),      // 30: mlxrunner.v1.PromptProgress
-	(*TokenLogprob)(nil),        // 31: mlxrunner.v1.TokenLogprob
-	(*TopLogprob)(nil),          // 32: mlxrunner.v1.TopLogprob
-	(*AbortRequest)(nil),        // 33: mlxrunner.v1.AbortRequest
-	(*AbortResponse)(nil),       // 34: mlxrunner.v1.AbortResponse
-	(*DrainRequest)(nil),        // 35: mlxrunner.v1.DrainRequest
-	(*DrainResponse)(nil),       // 36: mlxrunner.v1.DrainResponse
-	(*TokenizeRequest)(nil),     // 37: mlxrunner.v1.TokenizeRequest
-	(*TokenizeResponse)(nil),    // 38: mlxrunner.v1.TokenizeResponse
-	(*DetokenizeRequest)(nil),   // 39: mlxrunner.v1.DetokenizeRequest
-	(*DetokenizeResponse)(nil),  // 40: mlxrunner.v1.DetokenizeResponse
-	(*ChatMessage)(nil),         // 41: mlxrunner.v1.ChatMessage
-	(*ContentPart)(nil),         // 42: mlxrunner.v1.ContentPart
-	(*ToolCall)(nil),            // 43: mlxrunner.v1.ToolCall
-	(*Tool)(nil),                // 44: mlxrunner.v1.Tool
-	(*RenderChatRequest)(nil),   // 45: mlxrunner.v1.RenderChatRequest
-	(*RenderChatResponse)(nil),  // 46: mlxrunner.v1.RenderChatResponse
-	(*ChatRequest)(nil),         // 47: mlxrunner.v1.ChatRequest
-	(*ChatResponse)(nil),        // 48: mlxrunner.v1.ChatResponse
-	(*EmbedRequest)(nil),        // 49: mlxrunner.v1.EmbedRequest
-	(*EmbedInput)(nil),          // 50: mlxrunner.v1.EmbedInput
-	(*EmbedResponse)(nil),       // 51: mlxrunner.v1.EmbedResponse
-	(*Embedding)(nil),           // 52: mlxrunner.v1.Embedding
-	nil,                         // 53: mlxrunner.v1.CompletionOptions.LogitBiasEntry
-	(*durationpb.Duration)(nil), // 54: google.protobuf.Duration
+	(*Adapter)(nil),             // 8: mlxrunner.v1.Adapter
+	(*LoadResponse)(nil),        // 9: mlxrunner.v1.LoadResponse
+	(*Model)(nil),               // 10: mlxrunner.v1.Model
+	(*Capabilities)(nil),        // 11: mlxrunner.v1.Capabilities
+	(*EstimateRequest)(nil),     // 12: mlxrunner.v1.EstimateRequest
+	(*EstimateResponse)(nil),    // 13: mlxrunner.v1.EstimateResponse
+	(*TrimRequest)(nil),         // 14: mlxrunner.v1.TrimRequest
+	(*TrimResponse)(nil),        // 15: mlxrunner.v1.TrimResponse
+	(*UnloadRequest)(nil),       // 16: mlxrunner.v1.UnloadRequest
+	(*UnloadResponse)(nil),      // 17: mlxrunner.v1.UnloadResponse
+	(*StatusRequest)(nil),       // 18: mlxrunner.v1.StatusRequest
+	(*StatusResponse)(nil),      // 19: mlxrunner.v1.StatusResponse
+	(*WatchStatusRequest)(nil),  // 20: mlxrunner.v1.WatchStatusRequest
+	(*WatchStatusResponse)(nil), // 21: mlxrunner.v1.WatchStatusResponse
+	(*Rank)(nil),                // 22: mlxrunner.v1.Rank
+	(*MemoryUsage)(nil),         // 23: mlxrunner.v1.MemoryUsage
+	(*TokenIds)(nil),            // 24: mlxrunner.v1.TokenIds
+	(*CompletionRequest)(nil),   // 25: mlxrunner.v1.CompletionRequest
+	(*Constraint)(nil),          // 26: mlxrunner.v1.Constraint
+	(*JsonObject)(nil),          // 27: mlxrunner.v1.JsonObject
+	(*Choice)(nil),              // 28: mlxrunner.v1.Choice
+	(*CompletionOptions)(nil),   // 29: mlxrunner.v1.CompletionOptions
+	(*CompletionResponse)(nil),  // 30: mlxrunner.v1.CompletionResponse
+	(*PromptProgress)(nil),      // 31: mlxrunner.v1.PromptProgress
+	(*TokenLogprob)(nil),        // 32: mlxrunner.v1.TokenLogprob
+	(*TopLogprob)(nil),          // 33: mlxrunner.v1.TopLogprob
+	(*AbortRequest)(nil),        // 34: mlxrunner.v1.AbortRequest
+	(*AbortResponse)(nil),       // 35: mlxrunner.v1.AbortResponse
+	(*DrainRequest)(nil),        // 36: mlxrunner.v1.DrainRequest
+	(*DrainResponse)(nil),       // 37: mlxrunner.v1.DrainResponse
+	(*TokenizeRequest)(nil),     // 38: mlxrunner.v1.TokenizeRequest
+	(*TokenizeResponse)(nil),    // 39: mlxrunner.v1.TokenizeResponse
+	(*DetokenizeRequest)(nil),   // 40: mlxrunner.v1.DetokenizeRequest
+	(*DetokenizeResponse)(nil),  // 41: mlxrunner.v1.DetokenizeResponse
+	(*ChatMessage)(nil),         // 42: mlxrunner.v1.ChatMessage
+	(*ContentPart)(nil),         // 43: mlxrunner.v1.ContentPart
+	(*ToolCall)(nil),            // 44: mlxrunner.v1.ToolCall
+	(*Tool)(nil),                // 45: mlxrunner.v1.Tool
+	(*RenderChatRequest)(nil),   // 46: mlxrunner.v1.RenderChatRequest
+	(*RenderChatResponse)(nil),  // 47: mlxrunner.v1.RenderChatResponse
+	(*ChatRequest)(nil),         // 48: mlxrunner.v1.ChatRequest
+	(*ChatResponse)(nil),        // 49: mlxrunner.v1.ChatResponse
+	(*EmbedRequest)(nil),        // 50: mlxrunner.v1.EmbedRequest
+	(*EmbedInput)(nil),          // 51: mlxrunner.v1.EmbedInput
+	(*EmbedResponse)(nil),       // 52: mlxrunner.v1.EmbedResponse
+	(*Embedding)(nil),           // 53: mlxrunner.v1.Embedding
+	nil,                         // 54: mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	(*durationpb.Duration)(nil), // 55: google.protobuf.Duration
 }
 var file_mlxrunner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: mlxrunner.v1.LoadRequest.dtype:type_name -> mlxrunner.v1.Dtype
-	9,  // 1: mlxrunner.v1.LoadResponse.model:type_name -> mlxrunner.v1.Model
-	54, // 2: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
-	10, // 3: mlxrunner.v1.Model.capabilities:type_name -> mlxrunner.v1.Capabilities
-	4,  // 4: mlxrunner.v1.Capabilities.constraint_kinds:type_name -> mlxrunner.v1.ConstraintKind
-	2,  // 5: mlxrunner.v1.EstimateRequest.dtype:type_name -> mlxrunner.v1.Dtype
-	1,  // 6: mlxrunner.v1.StatusResponse.state:type_name -> mlxrunner.v1.State
-	22, // 7: mlxrunner.v1.StatusResponse.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
-	9,  // 8: mlxrunner.v1.StatusResponse.model:type_name -> mlxrunner.v1.Model
-	54, // 9: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
-	54, // 10: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
-	21, // 11: mlxrunner.v1.StatusResponse.ranks:type_name -> mlxrunner.v1.Rank
-	54, // 12: mlxrunner.v1.WatchStatusRequest.interval:type_name -> google.protobuf.Duration
-	18, // 13: mlxrunner.v1.WatchStatusResponse.status:type_name -> mlxrunner.v1.StatusResponse
-	22, // 14: mlxrunner.v1.Rank.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
-	23, // 15: mlxrunner.v1.CompletionRequest.prompt_token_ids:type_name -> mlxrunner.v1.TokenIds
-	28, // 16: mlxrunner.v1.CompletionRequest.options:type_name -> mlxrunner.v1.CompletionOptions
-	25, // 17: mlxrunner.v1.CompletionRequest.constraint:type_name -> mlxrunner.v1.Constraint
-	26, // 18: mlxrunner.v1.Constraint.json_object:type_name -> mlxrunner.v1.JsonObject
-	27, // 19: mlxrunner.v1.Constraint.choice:type_name -> mlxrunner.v1.Choice
-	53, // 20: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
-	31, // 21: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
-	3,  // 22: mlxrunner.v1.CompletionResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
-	30, // 23: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
-	31, // 24: mlxrunner.v1.CompletionResponse.prompt_logprobs:type_name -> mlxrunner.v1.TokenLogprob
-	54, // 25: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	54, // 26: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
-	54, // 27: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
-	32, // 28: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
-	32, // 29: mlxrunner.v1.TokenLogprob.candidates:type_name -> mlxrunner.v1.TopLogprob
-	54, // 30: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
-	5,  // 31: mlxrunner.v1.ChatMessage.role:type_name -> mlxrunner.v1.Role
-	42, // 32: mlxrunner.v1.ChatMessage.content_parts:type_name -> mlxrunner.v1.ContentPart
-	43, // 33: mlxrunner.v1.ChatMessage.tool_calls:type_name -> mlxrunner.v1.ToolCall
-	41, // 34: mlxrunner.v1.RenderChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
-	44, // 35: mlxrunner.v1.RenderChatRequest.tools:type_name -> mlxrunner.v1.Tool
-	41, // 36: mlxrunner.v1.ChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
-	44, // 37: mlxrunner.v1.ChatRequest.tools:type_name -> mlxrunner.v1.Tool
-	6,  // 38: mlxrunner.v1.ChatRequest.tool_choice:type_name -> mlxrunner.v1.ToolChoice
-	28, // 39: mlxrunner.v1.ChatRequest.options:type_name -> mlxrunner.v1.CompletionOptions
-	25, // 40: mlxrunner.v1.ChatRequest.constraint:type_name -> mlxrunner.v1.Constraint
-	43, // 41: mlxrunner.v1.ChatResponse.tool_calls:type_name -> mlxrunner.v1.ToolCall
-	31, // 42: mlxrunner.v1.ChatResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
-	3,  // 43: mlxrunner.v1.ChatResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
-	30, // 44: mlxrunner.v1.ChatResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
-	54, // 45: mlxrunner.v1.ChatResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	54, // 46: mlxrunner.v1.ChatResponse.eval_duration:type_name -> google.protobuf.Duration
-	54, // 47: mlxrunner.v1.ChatResponse.queue_duration:type_name -> google.protobuf.Duration
-	50, // 48: mlxrunner.v1.EmbedRequest.inputs:type_name -> mlxrunner.v1.EmbedInput
-	23, // 49: mlxrunner.v1.EmbedInput.token_ids:type_name -> mlxrunner.v1.TokenIds
-	52, // 50: mlxrunner.v1.EmbedResponse.embeddings:type_name -> mlxrunner.v1.Embedding
-	54, // 51: mlxrunner.v1.EmbedResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	54, // 52: mlxrunner.v1.EmbedResponse.queue_duration:type_name -> google.protobuf.Duration
-	7,  // 53: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
-	11, // 54: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
-	13, // 55: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
-	15, // 56: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
-	17, // 57: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
-	19, // 58: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
-	24, // 59: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
-	33, // 60: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
-	35, // 61: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
-	37, // 62: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
-	39, // 63: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
-	45, // 64: mlxrunner.v1.RunnerService.RenderChat:input_type -> mlxrunner.v1.RenderChatRequest
-	47, // 65: mlxrunner.v1.RunnerService.Chat:input_type -> mlxrunner.v1.ChatRequest
-	49, // 66: mlxrunner.v1.RunnerService.Embed:input_type -> mlxrunner.v1.EmbedRequest
-	8,  // 67: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
-	12, // 68: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
-	14, // 69: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
-	16, // 70: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
-	18, // 71: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
-	20, // 72: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
-	29, // 73: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
-	34, // 74: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
-	36, // 75: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
-	38, // 76: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
-	40, // 77: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
-	46, // 78: mlxrunner.v1.RunnerService.RenderChat:output_type -> mlxrunner.v1.RenderChatResponse
-	48, // 79: mlxrunner.v1.RunnerService.Chat:output_type -> mlxrunner.v1.ChatResponse
-	51, // 80: mlxrunner.v1.RunnerService.Embed:output_type -> mlxrunner.v1.EmbedResponse
-	67, // [67:81] is the sub-list for method output_type
-	53, // [53:67] is the sub-list for method input_type
-	53, // [53:53] is the sub-list for extension type_name
-	53, // [53:53] is the sub-list for extension extendee
-	0,  // [0:53] is the sub-list for field type_name
+	8,  // 1: mlxrunner.v1.LoadRequest.adapters:type_name -> mlxrunner.v1.Adapter
+	10, // 2: mlxrunner.v1.LoadResponse.model:type_name -> mlxrunner.v1.Model
+	55, // 3: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
+	11, // 4: mlxrunner.v1.Model.capabilities:type_name -> mlxrunner.v1.Capabilities
+	8,  // 5: mlxrunner.v1.Model.adapters:type_name -> mlxrunner.v1.Adapter
+	4,  // 6: mlxrunner.v1.Capabilities.constraint_kinds:type_name -> mlxrunner.v1.ConstraintKind
+	2,  // 7: mlxrunner.v1.EstimateRequest.dtype:type_name -> mlxrunner.v1.Dtype
+	8,  // 8: mlxrunner.v1.EstimateRequest.adapters:type_name -> mlxrunner.v1.Adapter
+	1,  // 9: mlxrunner.v1.StatusResponse.state:type_name -> mlxrunner.v1.State
+	23, // 10: mlxrunner.v1.StatusResponse.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
+	10, // 11: mlxrunner.v1.StatusResponse.model:type_name -> mlxrunner.v1.Model
+	55, // 12: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
+	55, // 13: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
+	22, // 14: mlxrunner.v1.StatusResponse.ranks:type_name -> mlxrunner.v1.Rank
+	55, // 15: mlxrunner.v1.WatchStatusRequest.interval:type_name -> google.protobuf.Duration
+	19, // 16: mlxrunner.v1.WatchStatusResponse.status:type_name -> mlxrunner.v1.StatusResponse
+	23, // 17: mlxrunner.v1.Rank.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
+	24, // 18: mlxrunner.v1.CompletionRequest.prompt_token_ids:type_name -> mlxrunner.v1.TokenIds
+	29, // 19: mlxrunner.v1.CompletionRequest.options:type_name -> mlxrunner.v1.CompletionOptions
+	26, // 20: mlxrunner.v1.CompletionRequest.constraint:type_name -> mlxrunner.v1.Constraint
+	27, // 21: mlxrunner.v1.Constraint.json_object:type_name -> mlxrunner.v1.JsonObject
+	28, // 22: mlxrunner.v1.Constraint.choice:type_name -> mlxrunner.v1.Choice
+	54, // 23: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	32, // 24: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	3,  // 25: mlxrunner.v1.CompletionResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
+	31, // 26: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
+	32, // 27: mlxrunner.v1.CompletionResponse.prompt_logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	55, // 28: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	55, // 29: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
+	55, // 30: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
+	33, // 31: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
+	33, // 32: mlxrunner.v1.TokenLogprob.candidates:type_name -> mlxrunner.v1.TopLogprob
+	55, // 33: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
+	5,  // 34: mlxrunner.v1.ChatMessage.role:type_name -> mlxrunner.v1.Role
+	43, // 35: mlxrunner.v1.ChatMessage.content_parts:type_name -> mlxrunner.v1.ContentPart
+	44, // 36: mlxrunner.v1.ChatMessage.tool_calls:type_name -> mlxrunner.v1.ToolCall
+	42, // 37: mlxrunner.v1.RenderChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
+	45, // 38: mlxrunner.v1.RenderChatRequest.tools:type_name -> mlxrunner.v1.Tool
+	42, // 39: mlxrunner.v1.ChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
+	45, // 40: mlxrunner.v1.ChatRequest.tools:type_name -> mlxrunner.v1.Tool
+	6,  // 41: mlxrunner.v1.ChatRequest.tool_choice:type_name -> mlxrunner.v1.ToolChoice
+	29, // 42: mlxrunner.v1.ChatRequest.options:type_name -> mlxrunner.v1.CompletionOptions
+	26, // 43: mlxrunner.v1.ChatRequest.constraint:type_name -> mlxrunner.v1.Constraint
+	44, // 44: mlxrunner.v1.ChatResponse.tool_calls:type_name -> mlxrunner.v1.ToolCall
+	32, // 45: mlxrunner.v1.ChatResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	3,  // 46: mlxrunner.v1.ChatResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
+	31, // 47: mlxrunner.v1.ChatResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
+	55, // 48: mlxrunner.v1.ChatResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	55, // 49: mlxrunner.v1.ChatResponse.eval_duration:type_name -> google.protobuf.Duration
+	55, // 50: mlxrunner.v1.ChatResponse.queue_duration:type_name -> google.protobuf.Duration
+	51, // 51: mlxrunner.v1.EmbedRequest.inputs:type_name -> mlxrunner.v1.EmbedInput
+	24, // 52: mlxrunner.v1.EmbedInput.token_ids:type_name -> mlxrunner.v1.TokenIds
+	53, // 53: mlxrunner.v1.EmbedResponse.embeddings:type_name -> mlxrunner.v1.Embedding
+	55, // 54: mlxrunner.v1.EmbedResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	55, // 55: mlxrunner.v1.EmbedResponse.queue_duration:type_name -> google.protobuf.Duration
+	7,  // 56: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
+	12, // 57: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
+	14, // 58: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
+	16, // 59: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
+	18, // 60: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
+	20, // 61: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
+	25, // 62: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
+	34, // 63: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
+	36, // 64: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
+	38, // 65: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
+	40, // 66: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
+	46, // 67: mlxrunner.v1.RunnerService.RenderChat:input_type -> mlxrunner.v1.RenderChatRequest
+	48, // 68: mlxrunner.v1.RunnerService.Chat:input_type -> mlxrunner.v1.ChatRequest
+	50, // 69: mlxrunner.v1.RunnerService.Embed:input_type -> mlxrunner.v1.EmbedRequest
+	9,  // 70: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
+	13, // 71: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
+	15, // 72: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
+	17, // 73: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
+	19, // 74: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
+	21, // 75: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
+	30, // 76: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
+	35, // 77: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
+	37, // 78: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
+	39, // 79: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
+	41, // 80: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
+	47, // 81: mlxrunner.v1.RunnerService.RenderChat:output_type -> mlxrunner.v1.RenderChatResponse
+	49, // 82: mlxrunner.v1.RunnerService.Chat:output_type -> mlxrunner.v1.ChatResponse
+	52, // 83: mlxrunner.v1.RunnerService.Embed:output_type -> mlxrunner.v1.EmbedResponse
+	70, // [70:84] is the sub-list for method output_type
+	56, // [56:70] is the sub-list for method input_type
+	56, // [56:56] is the sub-list for extension type_name
+	56, // [56:56] is the sub-list for extension extendee
+	0,  // [0:56] is the sub-list for field type_name
 }
 
 func init() { file_mlxrunner_v1_runner_proto_init() }
@@ -5662,29 +5782,29 @@ func file_mlxrunner_v1_runner_proto_init() {
 		return
 	}
 	file_mlxrunner_v1_runner_proto_msgTypes[0].OneofWrappers = []any{}
-	file_mlxrunner_v1_runner_proto_msgTypes[3].OneofWrappers = []any{}
 	file_mlxrunner_v1_runner_proto_msgTypes[4].OneofWrappers = []any{}
-	file_mlxrunner_v1_runner_proto_msgTypes[6].OneofWrappers = []any{}
-	file_mlxrunner_v1_runner_proto_msgTypes[17].OneofWrappers = []any{
+	file_mlxrunner_v1_runner_proto_msgTypes[5].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[7].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[18].OneofWrappers = []any{
 		(*CompletionRequest_Prompt)(nil),
 		(*CompletionRequest_PromptTokenIds)(nil),
 	}
-	file_mlxrunner_v1_runner_proto_msgTypes[18].OneofWrappers = []any{
+	file_mlxrunner_v1_runner_proto_msgTypes[19].OneofWrappers = []any{
 		(*Constraint_JsonSchema)(nil),
 		(*Constraint_JsonObject)(nil),
 		(*Constraint_Regex)(nil),
 		(*Constraint_Lark)(nil),
 		(*Constraint_Choice)(nil),
 	}
-	file_mlxrunner_v1_runner_proto_msgTypes[21].OneofWrappers = []any{}
 	file_mlxrunner_v1_runner_proto_msgTypes[22].OneofWrappers = []any{}
-	file_mlxrunner_v1_runner_proto_msgTypes[34].OneofWrappers = []any{}
-	file_mlxrunner_v1_runner_proto_msgTypes[35].OneofWrappers = []any{
+	file_mlxrunner_v1_runner_proto_msgTypes[23].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[35].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[36].OneofWrappers = []any{
 		(*ContentPart_Text)(nil),
 	}
-	file_mlxrunner_v1_runner_proto_msgTypes[40].OneofWrappers = []any{}
 	file_mlxrunner_v1_runner_proto_msgTypes[41].OneofWrappers = []any{}
-	file_mlxrunner_v1_runner_proto_msgTypes[43].OneofWrappers = []any{
+	file_mlxrunner_v1_runner_proto_msgTypes[42].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[44].OneofWrappers = []any{
 		(*EmbedInput_Text)(nil),
 		(*EmbedInput_TokenIds)(nil),
 	}
@@ -5694,7 +5814,7 @@ func file_mlxrunner_v1_runner_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mlxrunner_v1_runner_proto_rawDesc), len(file_mlxrunner_v1_runner_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   47,
+			NumMessages:   48,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

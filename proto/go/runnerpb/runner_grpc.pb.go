@@ -90,8 +90,8 @@ type RunnerServiceClient interface {
 	// call, or its deadline, cancels the load and frees the memory used so far.
 	//
 	// Errors:
-	//   - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
-	//     correct the request.
+	//   - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, or
+	//     the directory of an adapter does not exist; correct the request.
 	//   - NOT_FOUND / MODEL_NOT_FOUND: the directory does not exist, and the local
 	//     Hugging Face cache has no such hub id; nothing is downloaded. Also returned
 	//     if this server is limited to a directory and the model is outside of it.
@@ -99,8 +99,10 @@ type RunnerServiceClient interface {
 	//   - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files are not a loadable model,
 	//     or need custom code to run; the message names the file. Also returned if the
 	//     model cannot be computed as its files say (the message names the setting or
-	//     the tensor; see `allow_inexact`), if its logits are not finite, and if it
-	//     cannot be split among the given number of ranks. Use another model.
+	//     the tensor; see `allow_inexact`), if its logits are not finite, if it
+	//     cannot be split among the given number of ranks, and if an adapter's files
+	//     cannot be used or do not fit the model. Use another model, or correct
+	//     `adapters`.
 	//   - FAILED_PRECONDITION / BUSY: another load or an unload is running; wait for
 	//     it, or cancel it.
 	//   - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the memory that `Estimate` counts
@@ -593,8 +595,8 @@ type RunnerServiceServer interface {
 	// call, or its deadline, cancels the load and frees the memory used so far.
 	//
 	// Errors:
-	//   - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
-	//     correct the request.
+	//   - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, or
+	//     the directory of an adapter does not exist; correct the request.
 	//   - NOT_FOUND / MODEL_NOT_FOUND: the directory does not exist, and the local
 	//     Hugging Face cache has no such hub id; nothing is downloaded. Also returned
 	//     if this server is limited to a directory and the model is outside of it.
@@ -602,8 +604,10 @@ type RunnerServiceServer interface {
 	//   - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files are not a loadable model,
 	//     or need custom code to run; the message names the file. Also returned if the
 	//     model cannot be computed as its files say (the message names the setting or
-	//     the tensor; see `allow_inexact`), if its logits are not finite, and if it
-	//     cannot be split among the given number of ranks. Use another model.
+	//     the tensor; see `allow_inexact`), if its logits are not finite, if it
+	//     cannot be split among the given number of ranks, and if an adapter's files
+	//     cannot be used or do not fit the model. Use another model, or correct
+	//     `adapters`.
 	//   - FAILED_PRECONDITION / BUSY: another load or an unload is running; wait for
 	//     it, or cancel it.
 	//   - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the memory that `Estimate` counts

@@ -437,6 +437,7 @@ class LoadRequest(_message.Message):
     PREFIX_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_OVERRIDE_FIELD_NUMBER: _builtins.int
     ALLOW_INEXACT_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     KV_BITS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A directory with a model (config.json, tokenizer, *.safetensors), as the
@@ -489,6 +490,13 @@ class LoadRequest(_message.Message):
     recurrent state keep theirs as they are. A model whose keys and values cannot
     be quantized is refused with INVALID_FIELD. Default: 0.
     """
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """LoRA and DoRA adapters to load with the model, which requests select by name
+        (`CompletionRequest.adapter`). At most 64. Refused if several ranks hold the model.
+        Default: none.
+        """
+
     def __init__(
         self,
         *,
@@ -500,11 +508,12 @@ class LoadRequest(_message.Message):
         prefix_cache_bytes: _builtins.int | None = ...,
         memory_override: _builtins.bool = ...,
         allow_inexact: _builtins.bool = ...,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
         kv_bits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "memory_limit_bytes", b"memory_limit_bytes", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "allow_inexact", b"allow_inexact", "context_length", b"context_length", "dtype", b"dtype", "kv_bits", b"kv_bits", "memory_limit_bytes", b"memory_limit_bytes", "memory_override", b"memory_override", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "adapters", b"adapters", "allow_inexact", b"allow_inexact", "context_length", b"context_length", "dtype", b"dtype", "kv_bits", b"kv_bits", "memory_limit_bytes", b"memory_limit_bytes", "memory_override", b"memory_override", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__context_length: _TypeAlias = _typing.Literal["context_length"]  # noqa: Y015
     _WhichOneofArgType__context_length: _TypeAlias = _typing.Literal["_context_length", b"_context_length"]  # noqa: Y015
@@ -524,6 +533,39 @@ class LoadRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix_cache_bytes) -> _WhichOneofReturnType__prefix_cache_bytes | None: ...
 
 Global___LoadRequest: _TypeAlias = LoadRequest  # noqa: Y015
+
+@_typing.final
+class Adapter(_message.Message):
+    """An adapter: a small change of a model's layers. Requests with different adapters, or
+    none, run together like others.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name by which requests select it. Required; at most 128 characters, and
+    different from those of the others.
+    """
+    path: _builtins.str
+    """A directory with the files that mlx_lm writes (adapter_config.json and
+    adapters.safetensors), as the server's file system names it. Required; at most
+    4,096 characters.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
 @_typing.final
 class LoadResponse(_message.Message):
@@ -573,6 +615,7 @@ class Model(_message.Message):
     DTYPE_FALLBACK_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     KV_BITS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """A short name: the directory's name, or the hub id."""
@@ -616,6 +659,10 @@ class Model(_message.Message):
     def capabilities(self) -> Global___Capabilities:
         """What requests this model and this server accept."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """The adapters that requests may select."""
+
     def __init__(
         self,
         *,
@@ -631,11 +678,12 @@ class Model(_message.Message):
         dtype_fallback: _builtins.bool = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         capabilities: Global___Capabilities | None = ...,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
         kv_bits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "capabilities", b"capabilities", "context_length", b"context_length", "dtype", b"dtype", "dtype_fallback", b"dtype_fallback", "eos_token_ids", b"eos_token_ids", "kv_bits", b"kv_bits", "name", b"name", "path", b"path", "quantization_bits", b"quantization_bits", "vocab_size", b"vocab_size", "warnings", b"warnings", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "architecture", b"architecture", "capabilities", b"capabilities", "context_length", b"context_length", "dtype", b"dtype", "dtype_fallback", b"dtype_fallback", "eos_token_ids", b"eos_token_ids", "kv_bits", b"kv_bits", "name", b"name", "path", b"path", "quantization_bits", b"quantization_bits", "vocab_size", b"vocab_size", "warnings", b"warnings", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -840,6 +888,7 @@ class EstimateRequest(_message.Message):
     MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     PREFIX_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     ALLOW_INEXACT_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     KV_BITS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model, as `LoadRequest.model`. Required."""
@@ -857,6 +906,10 @@ class EstimateRequest(_message.Message):
     """Default: false."""
     kv_bits: _builtins.int
     """Default: 0."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """Default: none."""
+
     def __init__(
         self,
         *,
@@ -867,11 +920,12 @@ class EstimateRequest(_message.Message):
         memory_limit_bytes: _builtins.int | None = ...,
         prefix_cache_bytes: _builtins.int | None = ...,
         allow_inexact: _builtins.bool = ...,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
         kv_bits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "memory_limit_bytes", b"memory_limit_bytes", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "allow_inexact", b"allow_inexact", "context_length", b"context_length", "dtype", b"dtype", "kv_bits", b"kv_bits", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "adapters", b"adapters", "allow_inexact", b"allow_inexact", "context_length", b"context_length", "dtype", b"dtype", "kv_bits", b"kv_bits", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__context_length: _TypeAlias = _typing.Literal["context_length"]  # noqa: Y015
     _WhichOneofArgType__context_length: _TypeAlias = _typing.Literal["_context_length", b"_context_length"]  # noqa: Y015
@@ -1478,6 +1532,7 @@ class CompletionRequest(_message.Message):
     LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     CONSTRAINT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Text. Special tokens written in it count as such (see `literal`); the model's
     beginning-of-text token is prepended unless the text already begins with it.
@@ -1526,6 +1581,10 @@ class CompletionRequest(_message.Message):
     smaller chunks, whose logits fit the planned memory. Range: 0 to 20. Default:
     unset, no log probabilities of the prompt.
     """
+    adapter: _builtins.str
+    """The adapter to use: the name of one of `Model.adapters`. The prefix cache keeps
+    prompts of different adapters apart. Default: empty, the model without an adapter.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> Global___TokenIds:
         """Token ids, used as they are."""
@@ -1565,10 +1624,11 @@ class CompletionRequest(_message.Message):
         logprob_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         prompt_logprobs: _builtins.int | None = ...,
         constraint: Global___Constraint | None = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "constraint", b"constraint", "input", b"input", "logprobs", b"logprobs", "options", b"options", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "constraint", b"constraint", "input", b"input", "literal", b"literal", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "model", b"model", "options", b"options", "priority", b"priority", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "adapter", b"adapter", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "constraint", b"constraint", "input", b"input", "literal", b"literal", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "model", b"model", "options", b"options", "priority", b"priority", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -2595,6 +2655,7 @@ class ChatRequest(_message.Message):
     TOOL_NAME_FIELD_NUMBER: _builtins.int
     REASONING_BUDGET_FIELD_NUMBER: _builtins.int
     LITERAL_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     tool_choice: Global___ToolChoice.ValueType
     """Whether the model may call tools. Default: TOOL_CHOICE_AUTO."""
     chat_template_kwargs: _builtins.str
@@ -2638,6 +2699,10 @@ class ChatRequest(_message.Message):
     literal: _builtins.bool
     """Treats the special tokens written in the conversation as text, as
     `RenderChatRequest.literal`. Default: false.
+    """
+    adapter: _builtins.str
+    """The adapter to use, as `CompletionRequest.adapter`. The chat template is the
+    model's. Default: empty, the model without an adapter.
     """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
@@ -2688,10 +2753,11 @@ class ChatRequest(_message.Message):
         tool_name: _builtins.str = ...,
         reasoning_budget: _builtins.int | None = ...,
         literal: _builtins.bool = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_reasoning_budget", b"_reasoning_budget", "constraint", b"constraint", "logprobs", b"logprobs", "options", b"options", "reasoning_budget", b"reasoning_budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_reasoning_budget", b"_reasoning_budget", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "chat_template_kwargs", b"chat_template_kwargs", "constraint", b"constraint", "literal", b"literal", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "messages", b"messages", "model", b"model", "options", b"options", "priority", b"priority", "reasoning_budget", b"reasoning_budget", "request_id", b"request_id", "tool_choice", b"tool_choice", "tool_name", b"tool_name", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_reasoning_budget", b"_reasoning_budget", "adapter", b"adapter", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "chat_template_kwargs", b"chat_template_kwargs", "constraint", b"constraint", "literal", b"literal", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "messages", b"messages", "model", b"model", "options", b"options", "priority", b"priority", "reasoning_budget", b"reasoning_budget", "request_id", b"request_id", "tool_choice", b"tool_choice", "tool_name", b"tool_name", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015

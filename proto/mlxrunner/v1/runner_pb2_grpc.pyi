@@ -83,8 +83,8 @@ class RunnerServiceStub:
     call, or its deadline, cancels the load and frees the memory used so far.
 
     Errors:
-    - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
-      correct the request.
+    - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, or
+      the directory of an adapter does not exist; correct the request.
     - NOT_FOUND / MODEL_NOT_FOUND: the directory does not exist, and the local
       Hugging Face cache has no such hub id; nothing is downloaded. Also returned
       if this server is limited to a directory and the model is outside of it.
@@ -92,8 +92,10 @@ class RunnerServiceStub:
     - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files are not a loadable model,
       or need custom code to run; the message names the file. Also returned if the
       model cannot be computed as its files say (the message names the setting or
-      the tensor; see `allow_inexact`), if its logits are not finite, and if it
-      cannot be split among the given number of ranks. Use another model.
+      the tensor; see `allow_inexact`), if its logits are not finite, if it
+      cannot be split among the given number of ranks, and if an adapter's files
+      cannot be used or do not fit the model. Use another model, or correct
+      `adapters`.
     - FAILED_PRECONDITION / BUSY: another load or an unload is running; wait for
       it, or cancel it.
     - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the memory that `Estimate` counts
@@ -424,8 +426,8 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     call, or its deadline, cancels the load and frees the memory used so far.
 
     Errors:
-    - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
-      correct the request.
+    - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, or
+      the directory of an adapter does not exist; correct the request.
     - NOT_FOUND / MODEL_NOT_FOUND: the directory does not exist, and the local
       Hugging Face cache has no such hub id; nothing is downloaded. Also returned
       if this server is limited to a directory and the model is outside of it.
@@ -433,8 +435,10 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
     - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files are not a loadable model,
       or need custom code to run; the message names the file. Also returned if the
       model cannot be computed as its files say (the message names the setting or
-      the tensor; see `allow_inexact`), if its logits are not finite, and if it
-      cannot be split among the given number of ranks. Use another model.
+      the tensor; see `allow_inexact`), if its logits are not finite, if it
+      cannot be split among the given number of ranks, and if an adapter's files
+      cannot be used or do not fit the model. Use another model, or correct
+      `adapters`.
     - FAILED_PRECONDITION / BUSY: another load or an unload is running; wait for
       it, or cancel it.
     - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the memory that `Estimate` counts
@@ -768,8 +772,8 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         call, or its deadline, cancels the load and frees the memory used so far.
 
         Errors:
-        - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range;
-          correct the request.
+        - INVALID_ARGUMENT / INVALID_FIELD: a field is missing or out of range, or
+          the directory of an adapter does not exist; correct the request.
         - NOT_FOUND / MODEL_NOT_FOUND: the directory does not exist, and the local
           Hugging Face cache has no such hub id; nothing is downloaded. Also returned
           if this server is limited to a directory and the model is outside of it.
@@ -777,8 +781,10 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
         - FAILED_PRECONDITION / MODEL_UNSUPPORTED: the files are not a loadable model,
           or need custom code to run; the message names the file. Also returned if the
           model cannot be computed as its files say (the message names the setting or
-          the tensor; see `allow_inexact`), if its logits are not finite, and if it
-          cannot be split among the given number of ranks. Use another model.
+          the tensor; see `allow_inexact`), if its logits are not finite, if it
+          cannot be split among the given number of ranks, and if an adapter's files
+          cannot be used or do not fit the model. Use another model, or correct
+          `adapters`.
         - FAILED_PRECONDITION / BUSY: another load or an unload is running; wait for
           it, or cancel it.
         - RESOURCE_EXHAUSTED / INSUFFICIENT_MEMORY: the memory that `Estimate` counts

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PROMPT, MORE = ">>> ", "... "
 QUOTES = '"""'
 
-_OF_ALL_REQUESTS = ("options.", "constraint")
+_OF_ALL_REQUESTS = ("options.", "constraint", "adapter")
 """Beginnings of the fields that are the same in the request of every message."""
 
 HELP = f"""\
@@ -50,6 +50,7 @@ class Dialogue:
         options: Options of every answer.
         system: Instructions for the model; empty for none.
         schema: What every answer must be; None for any text.
+        adapter: The adapter that answers; empty for the model without one.
     """
 
     def __init__(
@@ -58,10 +59,12 @@ class Dialogue:
         options: Options,
         system: str = "",
         schema: JsonSchema | None = None,
+        adapter: str = "",
     ) -> None:
         self._client = client
         self._options = options
         self._schema = schema
+        self._adapter = adapter
         self._is_literal = True
         self._begin = [ChatMessage("system", system)] if system else []
         self.messages = list(self._begin)
@@ -116,7 +119,11 @@ class Dialogue:
         """
         asked = [*self.messages, ChatMessage("user", text)]
         stream = self._client.chat(
-            asked, options=self._options, constraint=self._schema, literal=self._is_literal
+            asked,
+            options=self._options,
+            constraint=self._schema,
+            literal=self._is_literal,
+            adapter=self._adapter,
         )
         shown: list[str] = []
         reasoning: list[str] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, get_args
 
@@ -14,7 +15,7 @@ from click.core import ParameterSource
 from runner_client.cli.shared.numbers import Number, integer, number_option
 from runner_client.types import Dtype, JsonSchema, LoadOptions
 from runner_common.contract import DEFAULT_PARALLEL, KV_BITS, MAX_PARALLEL, MIN_CONTEXT_LENGTH
-from runner_common.server_options import SERVER_OPTIONS
+from runner_common.server_options import SERVER_OPTIONS, read_adapter_option
 from runner_common.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -103,6 +104,13 @@ def schema_in(file: str) -> JsonSchema:
     return JsonSchema(content)
 
 
+def _adapter(value: str) -> tuple[str, str]:
+    try:
+        return read_adapter_option(text(value))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 _HELP = {option.name: option.help_text for option in SERVER_OPTIONS}
 
 _LOAD = {
@@ -148,6 +156,14 @@ _LOAD = {
     "kv_bits": click.option(
         "--kv-bits", type=kv_bits, metavar="0|4|8", default="0", help=_HELP["kv_bits"]
     ),
+    "adapters": click.option(
+        "--adapter",
+        "adapters",
+        type=_adapter,
+        multiple=True,
+        metavar="NAME=DIR",
+        help=_HELP["adapter"],
+    ),
 }
 """Options of a load, by the fields of ``types.LoadOptions``."""
 
@@ -164,6 +180,8 @@ def load_options(*names: str) -> Callable[[Callable[..., _Result]], Callable[...
         @functools.wraps(command)
         def with_options(**values: Any) -> _Result:  # noqa: ANN401 - of all options
             given = {name: values.pop(name) for name in fields}
+            if "adapters" in given:
+                given["adapters"] = _unique(given["adapters"])
             return command(**values, load=LoadOptions(**given))
 
         for name in reversed(fields):
@@ -171,6 +189,41 @@ def load_options(*names: str) -> Callable[[Callable[..., _Result]], Callable[...
         return with_options
 
     return decorate
+
+
+def _unique(adapters: Collection[tuple[str, str]]) -> dict[str, str]:
+    """Return the directories of adapters by name.
+
+    Raises:
+        click.UsageError: Two have the same name.
+    """
+    found = dict(adapters)
+    if len(found) < len(adapters):
+        raise click.UsageError("--adapter: two adapters have the same name")
+    return found
+
+
+adapter_option = click.option(
+    "--adapter",
+    type=text,
+    default="",
+    metavar="DIR|NAME",
+    help="LoRA or DoRA adapter to use: its directory, or with --address the name of one that is "
+    "loaded.",
+)
+
+
+def adapter_of(given: str, address: str | None, load: LoadOptions) -> tuple[str, LoadOptions]:
+    """Return the name of the adapter to use, and the options of a load with it.
+
+    Args:
+        given: The value of ``adapter_option``.
+        address: The address of a running runner; None if one is started.
+        load: The other options of the load.
+    """
+    if address or not given:
+        return given, load
+    return "adapter", replace(load, adapters={"adapter": given})
 
 
 json_option = click.option(

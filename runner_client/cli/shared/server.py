@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 
-Given = dict[str, "str | bool"]
+Given = dict[str, "str | bool | tuple[str, ...]"]
 """The options on the command line, by name, as text; True for a switch."""
 
 
@@ -33,19 +33,19 @@ def server_options(*names: str) -> Callable[[Callable[..., _Result]], Callable[.
     return decorate
 
 
-def given_options(values: Mapping[str, str | bool | None]) -> Given:
+def given_options(values: Mapping[str, str | bool | tuple[str, ...] | None]) -> Given:
     """Return the options that were given.
 
     Raises:
         click.UsageError: An option lacks another one that it needs.
     """
-    given = {name: value for name, value in values.items() if value not in {None, False}}
+    given = {name: value for name, value in values.items() if value not in {None, False, ()}}
     if problem := misuse(given):
         raise click.UsageError(problem)
     return {name: value for name, value in given.items() if value is not None}
 
 
-def read_options(given: Mapping[str, str | bool], names: Collection[str]) -> dict[str, Any]:
+def read_options(given: Given, names: Collection[str]) -> dict[str, Any]:
     """Return the converted values of options, with defaults for those that were not given."""
     values: dict[str, Any] = {}
     for option in SERVER_OPTIONS:
@@ -64,7 +64,12 @@ def _click_option(
     kind = click.Choice(option.choices) if option.choices else _checked(option)
     metavar = option.metavar or None
     return click.option(
-        *option.flags, option.name, type=kind, metavar=metavar, help=option.help_text
+        *option.flags,
+        option.name,
+        type=kind,
+        metavar=metavar,
+        multiple=option.is_repeated,
+        help=option.help_text,
     )
 
 

@@ -143,8 +143,16 @@ def load_options(request: pb.LoadRequest | pb.EstimateRequest) -> LoadOptions:
     sizes = {"context_length", "parallel", "memory_limit_bytes", "prefix_cache_bytes"}
     given = {field.name: value for field, value in request.ListFields() if field.name in sizes}
     dtype = _DTYPES[request.dtype]
+    adapters = {adapter.name: adapter.path for adapter in request.adapters}
+    if len(adapters) < len(request.adapters):
+        text = "two adapters have the same name"
+        raise InvalidRequestError(f"adapters: {text}", field_violations=[("adapters", text)])
     return LoadOptions(
-        dtype=dtype, allow_inexact=request.allow_inexact, kv_bits=request.kv_bits, **given
+        dtype=dtype,
+        allow_inexact=request.allow_inexact,
+        kv_bits=request.kv_bits,
+        adapters=adapters,
+        **given,
     )
 
 

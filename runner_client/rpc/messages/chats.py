@@ -90,6 +90,7 @@ def chat_request(
     literal: bool = False,
     logprob_token_ids: Sequence[int] = (),
     constraint: Constraint | None = None,
+    adapter: str = "",
     tool_name: str = "",
     reasoning_budget: int | None = None,
 ) -> pb.ChatRequest:
@@ -112,6 +113,7 @@ def chat_request(
         literal=literal,
         logprob_token_ids=logprob_token_ids,
         constraint=constraint,
+        adapter=adapter,
     )
     with sendable():
         return pb.ChatRequest(

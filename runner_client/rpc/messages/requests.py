@@ -65,6 +65,7 @@ def load_request(model: str, options: LoadOptions) -> pb.LoadRequest:
             memory_override=options.memory_override,
             allow_inexact=options.allow_inexact,
             kv_bits=options.kv_bits,
+            adapters=_adapters(options),
         )
 
 
@@ -81,7 +82,12 @@ def estimate_request(model: str, options: LoadOptions) -> pb.EstimateRequest:
             prefix_cache_bytes=options.prefix_cache_bytes,
             allow_inexact=options.allow_inexact,
             kv_bits=options.kv_bits,
+            adapters=_adapters(options),
         )
+
+
+def _adapters(options: LoadOptions) -> list[pb.Adapter]:
+    return [pb.Adapter(name=name, path=path) for name, path in options.adapters.items()]
 
 
 def trim_request(prefix_cache_bytes: int | None, model: str | None) -> pb.TrimRequest:
@@ -132,6 +138,7 @@ def completion_request(
     logprob_token_ids: Sequence[int] = (),
     prompt_logprobs: int | None = None,
     constraint: Constraint | None = None,
+    adapter: str = "",
 ) -> pb.CompletionRequest:
     """Build the request of a completion from text or token ids.
 
@@ -147,6 +154,7 @@ def completion_request(
     check_integer("priority", priority)
     check_flag("bypass_prefix_cache", bypass_prefix_cache)
     check_text("cache_salt", cache_salt)
+    check_text("adapter", adapter)
     check_flag("literal", literal)
     check_ids("logprob_token_ids", logprob_token_ids)
     check_integer("prompt_logprobs", prompt_logprobs)
@@ -165,6 +173,7 @@ def completion_request(
             logprob_token_ids=logprob_token_ids,
             prompt_logprobs=prompt_logprobs,
             constraint=_constraint(constraint) if constraint else None,
+            adapter=adapter,
         )
         if isinstance(prompt, str):
             message.prompt = prompt

@@ -73,6 +73,7 @@ def _model(message: pb.Model) -> Model:
         dtype_fallback=message.dtype_fallback,
         warnings=tuple(message.warnings),
         kv_bits=message.kv_bits,
+        adapters={adapter.name: adapter.path for adapter in message.adapters},
         capabilities=_capabilities(message.capabilities),
     )
 
