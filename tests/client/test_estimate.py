@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runner_client.errors import InvalidRequestError, ModelNotFoundError
+from runner_client.errors import InvalidRequestError, ModelNotFoundError, ModelUnsupportedError
 from runner_client.memory.estimation import MemoryEstimate, estimate
 from runner_client.memory.header_need import PROCESS_BYTES, WORKING_MINIMUM_BYTES
 from runner_common.units import format_bytes
-from support.safetensors_files import Shapes, attention, write_model
+from support.safetensors_files import Shapes, attention, write_model, write_tensors
 
 HIDDEN, KV_ROWS, LAYERS = 64, 32, 3
 
@@ -189,6 +190,20 @@ def test_tensors_dropped_by_the_text_model_do_not_count(tmp_path: Path) -> None:
     need = estimate_of(tmp_path, {**PLAIN, **dropped})
     assert need.weight_bytes == 4 * PLAIN_COUNT
     assert need.file_bytes > 2 * PLAIN_COUNT
+
+
+def test_adapters_count_as_float32(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    write_tensors(adapter / "adapters.safetensors", {"a": ("F32", (8, 2)), "b": ("F16", (2, 9))})
+    parameters = {"rank": 2, "scale": 1.0}
+    config = {"num_layers": 1, "lora_parameters": parameters}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    need = estimate_of(tmp_path, adapters={"one": str(adapter)})
+    assert need.weight_bytes == 4 * (PLAIN_COUNT + 16 + 18)
+    (adapter / "adapters.safetensors").unlink()
+    with pytest.raises(ModelUnsupportedError, match=r"has no adapters\.safetensors"):
+        estimate_of(tmp_path, adapters={"one": str(adapter)})
 
 
 def test_integer_tensors_keep_their_size(tmp_path: Path) -> None:

@@ -277,6 +277,34 @@ def test_a_wrong_prefix_cache_size_on_the_command_line_is_refused(
     assert "--prefix-cache-bytes" in capsys.readouterr().err
 
 
+def test_adapters_on_the_command_line_are_accepted() -> None:
+    config = parse_args(["--model", "m", "--adapter", "a=/x", "--adapter", "b=/y=z"])
+    adapters = (AdapterSpec("a", "/x"), AdapterSpec("b", "/y=z"))
+    assert config.load == LoadSpec("m", adapters=adapters)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "problem"),
+    [
+        (["/x"], "'/x': expected NAME=DIR"),
+        (["a=/x", "a=/y"], "two adapters have the same name"),
+        ([f"{i}=/x" for i in range(65)], "65; at most 64"),
+    ],
+)
+def test_wrong_adapters_on_the_command_line_are_refused(
+    adapters: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--model", "m", *(part for each in adapters for part in ("--adapter", each))])
+    assert f"argument --adapter: {problem}" in capsys.readouterr().err
+
+
+def test_an_adapter_on_the_command_line_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--adapter", "a=/x"])
+    assert "--adapter needs --model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("field", "make"), LOAD_OUTSIDE)
 async def test_a_load_out_of_range_is_refused(
     loaded: Server, field: str, make: Callable[[], pb.LoadRequest]

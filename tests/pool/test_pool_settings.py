@@ -46,6 +46,7 @@ def test_a_file_has_all_settings(tmp_path: Path) -> None:
         dtype = "as_stored"
         priority = -1
         pinned = true
+        adapters = { sql = "/adapters/sql" }
 
         [models."/models/code"]
         prefix_cache_bytes = 0
@@ -63,6 +64,7 @@ def test_a_file_has_all_settings(tmp_path: Path) -> None:
             prefix_cache_bytes=2**30,
             memory_limit_bytes=2**31,
             dtype="as_stored",
+            adapters={"sql": "/adapters/sql"},
         ),
     )
     code = ModelSettings(
@@ -126,6 +128,8 @@ def test_a_wrong_value_of_a_file_is_refused_by_key(
         ('[default]\npinned = "no"', "default.pinned"),
         ("[models.a]\nparallel = 1.5", "models.a.parallel"),
         ('[models.a]\npriority = "high"', "models.a.priority"),
+        ('[models.a]\nadapters = ["sql"]', "models.a.adapters"),
+        ("[models.a]\nadapters = { sql = 1 }", r"models.a.adapters\['sql'\]"),
     ],
 )
 def test_a_wrong_type_in_a_file_is_refused_by_key(tmp_path: Path, text: str, key: str) -> None:

@@ -89,6 +89,8 @@ async def test_options_of_a_load_are_those_of_the_configuration(one: Path) -> No
         problem = await failure(server.runner.Load(request))
         assert problem.reason == "INVALID_FIELD"
         assert problem.violations.keys() == {"context_length", "memory_override"}
+        adapted = pb.LoadRequest(model=str(one), adapters=[pb.Adapter(name="a", path="/a")])
+        assert (await failure(server.runner.Load(adapted))).violations.keys() == {"adapters"}
         same = pb.LoadRequest(model=str(one), context_length=CONTEXT, parallel=4)
         answer = await server.runner.Load(same)
         assert answer.model.path == str(one)
