@@ -241,6 +241,13 @@ SERVER_OPTIONS = (
         is_repeated=True,
     ),
     ServerOption(
+        ("--draft-model",),
+        "Directory or cached hub id of a small model with the same tokens, which proposes the next "
+        "tokens of a completion that is alone. It turns itself off where that does not pay.",
+        metavar="MODEL",
+        needs="--model",
+    ),
+    ServerOption(
         ("--prefix-cache-dir",),
         "Directory that keeps the prefix cache beyond the process, private to this user; created "
         "if necessary. Several servers may share it. Its files reveal prompts and texts.  "

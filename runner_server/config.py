@@ -107,6 +107,7 @@ def _load(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> LoadSpe
         prefix_cache_bytes=values["prefix_cache"],
         kv_bits=int(values["kv_bits"]),
         adapters=tuple(adapters),
+        draft_model=values["draft_model"] or "",
     )
 
 

@@ -22,16 +22,27 @@ class LocalBatch:
         executor: An executor without rows.
         limits: Limits of the model's prefill chunks.
         max_draft: Most tokens to draft for a row that is alone; 0 drafts none.
+        draft_length: Most tokens that the draft model can read; 0 without one.
     """
 
-    def __init__(self, executor: Executor, limits: PrefillLimits, max_draft: int = 0) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        limits: PrefillLimits,
+        max_draft: int = 0,
+        draft_length: int = 0,
+    ) -> None:
         self.executor = executor
-        self._planner = BatchPlanner(limits, executor.find_prefix, max_draft, executor.find_on_disk)
+        self._planner = BatchPlanner(
+            limits, executor.find_prefix, max_draft, executor.find_on_disk, draft_length
+        )
 
     @classmethod
     def of(cls, model: LoadedModel) -> LocalBatch:
         """Return a batch of a model without rows."""
-        return cls(model.new_executor(), model.prefill_limits, model.max_draft)
+        draft = model.info.draft
+        length = draft.context_length if draft else 0
+        return cls(model.new_executor(), model.prefill_limits, model.max_draft, length)
 
     def add(
         self,

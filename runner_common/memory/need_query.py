@@ -54,6 +54,7 @@ class NeedRequest:
         allow_inexact: Whether to plan a model that cannot be computed exactly as its files say.
         kv_bits: Bits of a number in the KV caches; 0 for the format of the weights.
         adapters: Names and directories of the adapters to load with it.
+        draft_path: The directory of the draft model; empty for none.
     """
 
     path: str
@@ -65,6 +66,7 @@ class NeedRequest:
     allow_inexact: bool = False
     kv_bits: int = 0
     adapters: tuple[tuple[str, str], ...] = ()
+    draft_path: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +267,7 @@ def _identity(request: NeedRequest, preloaded: str) -> str:
         sys.version,
         *_stamps(Path(request.path)),
         *(stamp for _, path in request.adapters for stamp in _stamps(Path(path))),
+        *(_stamps(Path(request.draft_path)) if request.draft_path else ()),
         *(f"{name} {_version(name)}" for name in _VERSIONS),
         *_code_stamps(),
     ]

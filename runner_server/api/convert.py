@@ -21,6 +21,7 @@ from runner_server.engine.logprobs import TokenLogprob
 from runner_server.engine.output.prompt_text import PromptTexts
 from runner_server.engine.output.token_text import TokenText, TokenTexts
 from runner_server.engine.types import (
+    DraftInfo,
     FinishReason,
     GenerationResult,
     MemoryCounters,
@@ -107,6 +108,17 @@ def model_message(info: ModelInfo, rank_count: int = 1) -> pb.Model:
             max_embed_count=max_embed_count(info),
             max_embed_tokens=info.embedding.max_tokens,
         ),
+        draft_model=_draft_message(info.draft) if info.draft else None,
+    )
+
+
+def _draft_message(draft: DraftInfo) -> pb.DraftModel:
+    return pb.DraftModel(
+        name=draft.name,
+        path=draft.path,
+        architecture=draft.architecture,
+        weight_bytes=draft.weight_bytes,
+        context_length=draft.context_length,
     )
 
 

@@ -145,7 +145,8 @@ class Estimator:
             return None
 
     def _estimate_as(self, path: Path, spec: LoadSpec, dtype: Dtype) -> Estimated:
-        answer = _query_need(path, replace(spec, dtype=dtype))
+        draft_path = str(find_model(spec.draft_model, self._root).path) if spec.draft_model else ""
+        answer = _query_need(path, replace(spec, dtype=dtype, draft_model=draft_path))
         decision = self._admission.compare(answer.need.required_bytes)
         return Estimated(answer, decision, answer.parallel, answer.notes)
 
@@ -161,6 +162,7 @@ def _query_need(path: Path, spec: LoadSpec) -> NeedAnswer:
         allow_inexact=spec.allow_inexact,
         kv_bits=spec.kv_bits,
         adapters=tuple((each.name, each.path) for each in spec.adapters),
+        draft_path=spec.draft_model,
     )
     try:
         return ask_need(request, os.environ)

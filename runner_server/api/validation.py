@@ -72,8 +72,10 @@ def load_spec(request: pb.LoadRequest | pb.EstimateRequest) -> LoadSpec:
     """
     check = ViolationCollector()
     check.require("model", bool(request.model), "required: a directory or a hub id")
-    too_long = len(request.model) > MAX_MODEL_CHARS or "\0" in request.model
-    check.require("model", not too_long, f"at most {MAX_MODEL_CHARS} characters, none of them NUL")
+    for name in ("model", "draft_model"):
+        value = getattr(request, name)
+        is_short = len(value) <= MAX_MODEL_CHARS and "\0" not in value
+        check.require(name, is_short, f"at most {MAX_MODEL_CHARS} characters, none of them NUL")
     _check_number(check, request, "context_length", MIN_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH)
     _check_number(check, request, "parallel", 1, MAX_PARALLEL)
     _check_number(check, request, "memory_limit_bytes", 1, MAX_BYTES)
@@ -96,6 +98,7 @@ def load_spec(request: pb.LoadRequest | pb.EstimateRequest) -> LoadSpec:
         allow_inexact=request.allow_inexact,
         kv_bits=request.kv_bits,
         adapters=tuple(AdapterSpec(each.name, each.path) for each in request.adapters),
+        draft_model=request.draft_model,
     )
 
 

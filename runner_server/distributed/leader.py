@@ -331,4 +331,4 @@ def _message_of(item: WorkItem) -> msg.FromLeader:
             return msg.RunEmbed(texts)
         case DecodeItem(joining, expected):
             return msg.RunDecode(joining, expected)
-    raise TypeError("ranks have no prefix cache on disk")
+    raise TypeError("ranks have neither a prefix cache on disk nor a draft model")

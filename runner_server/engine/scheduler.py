@@ -65,7 +65,14 @@ class Scheduler:
     def start_batch(self, model: LoadedModel, executor: Executor) -> None:
         """Start planning for a new executor, which has no rows yet."""
         limits, max_draft = model.prefill_limits, min(self._max_draft, model.max_draft)
-        self._planner = BatchPlanner(limits, executor.find_prefix, max_draft, executor.find_on_disk)
+        draft = model.info.draft
+        self._planner = BatchPlanner(
+            limits,
+            executor.find_prefix,
+            max_draft,
+            executor.find_on_disk,
+            draft_length=draft.context_length if draft else 0,
+        )
 
     @property
     def running(self) -> list[GenerationRequest]:

@@ -42,7 +42,7 @@ from runner_server.engine.request_registry import RequestRegistry
 from runner_server.engine.scheduler import Scheduler
 from runner_server.engine.types import LoadSpec, ModelInfo
 from runner_server.engine.work import DecodeItem, WorkItem
-from runner_server.errors import RunnerFault, ShuttingDown
+from runner_server.errors import InvalidField, RunnerFault, ShuttingDown
 
 _T = TypeVar("_T")
 
@@ -88,6 +88,7 @@ class EngineThread:
         # The only references to the model, so that dropping them frees its memory.
         self._model: LoadedModel | None = None
         self._executor: Executor | None = None
+        self._max_draft = max_draft
         self._scheduler = Scheduler(max_draft)
         self._dispatcher = EventDispatcher(self._scheduler, registry, WakeupCoalescer(loop))
         self._failed_steps = 0
@@ -294,10 +295,17 @@ class EngineThread:
     def _check(self, command: Load) -> None:
         """Refuse what cannot be found or read, or is cancelled, before freeing the loaded model."""
         try:
+            self._require_drafts(command.spec)
             self._backend.check(command.spec)
             self._refuse_when_cancelled(command)
         except Exception as error:  # noqa: BLE001 - as for a load
             raise self._load_failed(command.spec, error) from None
+
+    def _require_drafts(self, spec: LoadSpec) -> None:
+        """Refuse a draft model where drafts are off."""
+        if spec.draft_model and not self._max_draft:
+            text = "this server checks no drafts: it was started with --draft-tokens 0"
+            raise InvalidField([("draft_model", text)])
 
     def _refuse_when_cancelled(self, load: Load) -> None:
         if load.cancelled.is_set() or self._registry.is_stopping:

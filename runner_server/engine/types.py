@@ -61,6 +61,7 @@ class LoadSpec:
         allow_inexact: Load the model even if it cannot be computed exactly as its files say.
         kv_bits: Bits of a number in the KV caches; 0 = the format of the weights.
         adapters: Adapters to load with the model.
+        draft_model: A directory or hub id of the model that proposes tokens; empty for none.
     """
 
     model: str
@@ -73,6 +74,22 @@ class LoadSpec:
     allow_inexact: bool = False
     kv_bits: int = 0
     adapters: tuple[AdapterSpec, ...] = ()
+    draft_model: str = ""
+
+
+@dataclass(frozen=True)
+class DraftInfo:
+    """Description of a draft model; see ``DraftModel`` in the protocol.
+
+    Attributes:
+        context_length: The longest text that it reads, in tokens.
+    """
+
+    name: str
+    path: str
+    architecture: str
+    weight_bytes: int
+    context_length: int
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,7 @@ class ModelInfo:
         embedding: Whether and how the model embeds texts.
         kv_bits: Bits of a number in the KV caches; 0 = the format of the weights.
         adapters: The adapters that requests may select.
+        draft: The draft model; None without one.
     """
 
     name: str
@@ -120,6 +138,7 @@ class ModelInfo:
     embedding: EmbeddingInfo = field(default_factory=EmbeddingInfo)
     kv_bits: int = 0
     adapters: tuple[AdapterInfo, ...] = ()
+    draft: DraftInfo | None = None
 
 
 TOOL_CALLS = "tool_calls"

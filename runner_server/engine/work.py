@@ -10,6 +10,8 @@ are in the prefix cache:
 3. ``DecodeItem()``: one more token for each row of the batch.
 4. ``DecodeItem(draft=(7, 8, 9))``: the only row of the batch is likely to continue with these. If
    it does with 7 and 8, the step reports them and the token that comes instead of 9.
+5. ``DraftPrefillItem(row, 0, 64)``, several times, and then ``DecodeItem(proposed=4)``: the draft
+   model prefills the text of the only row, and proposes the next four tokens.
 
 Texts to embed have no rows in the batch. For a request with texts of 12 and 10 tokens,
 ``EmbedItem((TextChunk(row, text=0, count=12, is_last=True), TextChunk(row, text=1, ...)))``
@@ -64,11 +66,30 @@ class DecodeItem:
             them in advance.
         draft: Tokens that are likely to follow those reported of the only row; none of them may be
             longer than the context. The step checks them in one call of the model.
+        proposed: Number of tokens that the draft model proposes for the only row, to be checked as
+            its draft; it prefills the missing tokens of the text first. Not with ``draft``.
     """
 
     joining: tuple[int, ...] = ()
     expected: int = 0
     draft: tuple[int, ...] = ()
+    proposed: int = 0
+
+
+@dataclass(frozen=True)
+class DraftPrefillItem:
+    """The next tokens of a row's text, to be prefilled by the draft model.
+
+    Attributes:
+        row: Id of the row, the only one of the batch.
+        start: Position of the first token. The draft model begins anew, without the tokens before,
+            unless it has just read these.
+        count: Number of tokens, at most those reported.
+    """
+
+    row: int
+    start: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -110,7 +131,7 @@ class EmbedItem:
     chunks: tuple[TextChunk, ...]
 
 
-WorkItem = PrefillItem | DecodeItem | PromoteItem | EmbedItem
+WorkItem = PrefillItem | DecodeItem | DraftPrefillItem | PromoteItem | EmbedItem
 
 
 @dataclass(frozen=True)

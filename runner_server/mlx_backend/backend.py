@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner_server.engine.load_admission import UNCHECKED, Admission
 from runner_server.engine.types import LoadSpec, MemoryCounters
+from runner_server.errors import InvalidField
 from runner_server.host.heap import drop_code, settle_heap, trim_heap
 from runner_server.mlx_backend.upstream.lean_import import forget_modules
 
@@ -86,6 +87,9 @@ class MlxBackend:
         """Check a model's files; see ``Backend.check``."""
         from runner_server.mlx_backend.loading.loader import check_files  # noqa: PLC0415 - as in open
 
+        if self._shard and spec.draft_model:
+            text = "several ranks hold the model together, which check no drafts"
+            raise InvalidField([("draft_model", text)])
         check_files(spec, self._model_root)
 
     def load(self, spec: LoadSpec, report: Callable[[int], None]) -> MlxModel:

@@ -33,13 +33,13 @@ from runner_server.mlx_backend.cache.row_caches import (
     view,
 )
 from runner_server.mlx_backend.constraints.matcher import GrammarMatcher, RowMatcher
-from runner_server.mlx_backend.draft_drawing import DraftDrawing, matchers_of_draft
 from runner_server.mlx_backend.drawing import Agree, Drawing
 from runner_server.mlx_backend.in_flight import InFlightStep
 from runner_server.mlx_backend.sampling.constrained import ConstrainedSampler
 from runner_server.mlx_backend.sampling.mask_rows import MaskRows
 from runner_server.mlx_backend.sampling.row_logprobs import RowLogprobs
 from runner_server.mlx_backend.sampling.sampler import Sampler
+from runner_server.mlx_backend.speculation.draft_drawing import DraftDrawing, matchers_of_draft
 
 _STATE_STEPS = 64
 """Number of steps after which the state of all caches is evaluated. If nothing reads a layer's
@@ -203,6 +203,12 @@ class DecodeBatch:
     def finish(self) -> None:
         """Wait for the step in flight."""
         self._in_flight.wait()
+
+    @property
+    def token_in_flight(self) -> int:
+        """The token of the only row that follows ``row.tokens``. Waits for it."""
+        ((value, _),) = self._in_flight.read()
+        return value
 
     def step(self) -> list[Token | Failure]:
         """Launch the next step, then collect the tokens of the previous one.

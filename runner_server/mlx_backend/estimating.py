@@ -40,6 +40,7 @@ def answer(request: NeedRequest) -> NeedAnswer:
         allow_inexact=request.allow_inexact,
         kv_bits=request.kv_bits,
         adapters=tuple(AdapterSpec(name, path) for name, path in request.adapters),
+        draft_model=request.draft_path,
     )
     # Some models evaluate arrays while they are built.
     with kernels_of_this_run(checks=False):

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from typing import assert_never, cast
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from runner_common.contract import MAX_PARALLEL
 from runner_server.engine.backend import Matcher
 from runner_server.engine.prefix_cache import Match, PrefixCache
 from runner_server.engine.prefix_disk import DiskTier
 from runner_server.engine.types import CachePolicy, NotFinite, Sampling
 from runner_server.engine.work import (
     DecodeItem,
+    DraftPrefillItem,
     EmbedItem,
     PrefillItem,
     PromoteItem,
@@ -27,6 +25,7 @@ from runner_server.engine.work import (
     WorkReport,
 )
 from runner_server.mlx_backend.adapters.selection import NO_ADAPTERS, Attached
+from runner_server.mlx_backend.batch_budget import BatchBudget
 from runner_server.mlx_backend.cache.row_caches import (
     CachePieces,
     Caches,
@@ -39,6 +38,7 @@ from runner_server.mlx_backend.decode import DecodeBatch, Row
 from runner_server.mlx_backend.drawing import Agree
 from runner_server.mlx_backend.embedding.texts import TextModel, TextRows
 from runner_server.mlx_backend.sampling.prompt_logprobs import ChunkLogprobs
+from runner_server.mlx_backend.speculation.proposer import DraftModel, Proposer
 from runner_server.mlx_backend.stream_errors import recover
 
 MlxPrefixCache = PrefixCache[Segment, StateSnapshot]
@@ -52,42 +52,6 @@ _LOGITS_ARRAYS = 3
 
 _FEW_BYTES = 1 << 20
 """Buffers whose allocation takes no time worth saving."""
-
-
-@dataclass(frozen=True)
-class BatchBudget:
-    """Memory limits of a batch, in addition to the weights.
-
-    Attributes:
-        budget_bytes: Most bytes for the caches of all rows.
-        working_bytes: Most bytes for the working memory of a chunk or a step.
-        row_bytes: Returns the bytes of one row's caches, given its number of tokens.
-        chunk_bytes: Returns the working memory of a chunk in bytes, given its number of tokens and
-            the number already in the caches.
-        buffer_bytes: Most bytes of freed buffers that MLX keeps for reuse.
-    """
-
-    budget_bytes: float = math.inf
-    working_bytes: float = math.inf
-    row_bytes: Callable[[int], int] = field(default=lambda _: 0)
-    chunk_bytes: Callable[[int, int], float] = field(default=lambda _tokens, _before: 0.0)
-    buffer_bytes: float = math.inf
-
-    def max_prompts_together(self, length: int, before: int) -> int:
-        """Return the most prompts to prefill in one call.
-
-        Args:
-            length: Tokens to prefill of each prompt.
-            before: Tokens already in the caches of each prompt.
-        """
-        # The caches are copied into a batch, grow there, and are copied out again.
-        copies = 3 * self.row_bytes(before + length)
-        cost = self.chunk_bytes(length, before) + copies
-        return int(min(MAX_PARALLEL, self.working_bytes / max(cost, 1)))
-
-    def max_texts_together(self, length: int) -> int:
-        """Return the most texts of ``length`` tokens to embed in one call, without caches."""
-        return int(min(MAX_PARALLEL, self.working_bytes / max(self.chunk_bytes(length, 0), 1)))
 
 
 class MlxExecutor:
@@ -104,6 +68,7 @@ class MlxExecutor:
         disk: The prefix cache on disk; None without one.
         texts: Computes vectors of texts; None for a model that does not embed.
         adapters: The model's adapters.
+        draft_model: Proposes tokens; None without one.
     """
 
     def __init__(
@@ -118,6 +83,7 @@ class MlxExecutor:
         disk: MlxDiskTier | None = None,
         texts: TextModel | None = None,
         adapters: Attached = NO_ADAPTERS,
+        draft_model: DraftModel | None = None,
     ) -> None:
         self._model = model
         self._adapters = adapters
@@ -132,6 +98,7 @@ class MlxExecutor:
         self._decoding = DecodeBatch(model, vocab_size, agree, adapters.selection)
         self._agree = agree
         self._texts = TextRows(texts) if texts else None
+        self._proposer = Proposer(draft_model, vocab_size) if draft_model else None
 
     def add(
         self,
@@ -174,6 +141,8 @@ class MlxExecutor:
                     return self._prefill(chunks)
                 case DecodeItem():
                     return self._decode(item)
+                case DraftPrefillItem():
+                    return self._prefill_draft_model(item)
                 case PromoteItem(row):
                     return self._promote(self._outside[row])
                 case EmbedItem(chunks):
@@ -209,12 +178,14 @@ class MlxExecutor:
                 self._disk.end(id_)
         if self._texts:
             self._texts.remove(rows)
+        if self._proposer:
+            self._proposer.drop(rows)
 
     def close(self) -> None:
         """Free everything; see ``Executor.close``."""
         self._outside.clear()
         self._decoding.leave(self._decoding.rows)
-        self._texts = None
+        self._texts = self._proposer = None
 
     # -- decode ------------------------------------------------------------------
 
@@ -224,11 +195,30 @@ class MlxExecutor:
             self._make_room_for_buffers(len(self._decoding.rows) + len(rows))
         self._decoding.join(rows, expected=self._affordable(rows, item.expected))
         began = self._clock()
-        if item.draft and (checked := self._decoding.check(item.draft)):
+        draft = item.draft or self._proposed(item.proposed)
+        if draft and (checked := self._decoding.check(draft)):
             seconds, events = self._clock() - began, tuple(checked.events)
             return WorkReport(seconds, events=events, drafted=checked.drafted)
         events = tuple(self._decoding.step())
         return WorkReport(self._clock() - began, events=events)
+
+    def _proposed(self, count: int) -> Sequence[int]:
+        """Return a draft of the only row by the draft model; empty if ``count`` is 0."""
+        if not (count and self._proposer):
+            return ()
+        (row,) = self._decoding.rows
+        last = self._decoding.token_in_flight
+        proposed = self._proposer.propose(row.id, row.tokens, last, count)
+        return [last, *proposed] if row.is_unreported else proposed
+
+    def _prefill_draft_model(self, item: DraftPrefillItem) -> WorkReport:
+        if self._proposer is None:
+            raise RuntimeError("there is no draft model")
+        waited = self._finish_decoding()
+        (row,) = self._decoding.rows
+        began = self._clock()
+        self._proposer.prefill(row.id, row.tokens, item.start, item.count)
+        return WorkReport(self._clock() - began, waited)
 
     def _affordable(self, joining: Sequence[Row], expected: int) -> int:
         """Return how many of the expected rows fit the memory, each as long as the longest row."""

@@ -151,7 +151,7 @@ class _Tokens(Collector):
         ("prompt", "Prompt tokens of completions that have reached their first token."),
         ("prompt_cached", "The part of the prompt tokens taken from the prefix cache."),
         ("generation", "Tokens generated."),
-        ("drafted", "Tokens drafted for texts that repeat themselves."),
+        ("drafted", "Tokens drafted, by prompt lookup or a draft model."),
         ("draft_accepted", "The part of the generated tokens that was drafted."),
     )
 

@@ -442,8 +442,8 @@ def test_an_adapter_that_changes_during_the_load_is_refused(
         read_files(*arguments)
         (own / "adapters.safetensors").write_bytes(tensors)
 
-    read_files = loader._read_files
-    monkeypatch.setattr(loader, "_read_files", read)
+    read_files = loader.read_files
+    monkeypatch.setattr(loader, "read_files", read)
     with pytest.raises(ModelUnsupported, match=r"of the adapter 'own' in .* were changed during"):
         load(plain.path, adapters=specs({"own": own}))
 

@@ -15,7 +15,8 @@ from runner_server.engine.prefix_cache import PrefixCache
 from runner_server.engine.types import CachePolicy
 from runner_server.engine.work import DecodeItem, PrefillItem, PromptChunk
 from runner_server.mlx_backend import executor as module
-from runner_server.mlx_backend.executor import BatchBudget, MlxExecutor
+from runner_server.mlx_backend.batch_budget import BatchBudget
+from runner_server.mlx_backend.executor import MlxExecutor
 from support.rows import GREEDY
 
 LIMIT = 1 << 23

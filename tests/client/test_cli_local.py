@@ -51,6 +51,7 @@ def test_serve_without_a_model_passes_only_the_address(become: Mock) -> None:
 
 def test_serve_forwards_every_option(become: Mock) -> None:
     samples = {"--listen": "unix:/s", "--model": "m", "--metrics-listen": "[::1]:0"}
+    samples |= {"--draft-model": "d"}
     samples |= {"ADDRESS": "a:1", "N": "3", "SIZE": "2GiB", "SECONDS": "1.5", "DIR": "/"}
     samples |= {"FILE": __file__, "NAME=DIR": "a=/"}
     given: list[str] = []

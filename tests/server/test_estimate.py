@@ -97,8 +97,15 @@ async def test_every_field_reaches_the_process(
         dtype=pb.DTYPE_BFLOAT16,
         memory_limit_bytes=7,
         prefix_cache_bytes=0,
+        draft_model=str(tmp_path),
     )
-    asked = NeedRequest(str(tmp_path), dtype="bfloat16", memory_limit_bytes=7, prefix_cache_bytes=0)
+    asked = NeedRequest(
+        str(tmp_path),
+        dtype="bfloat16",
+        memory_limit_bytes=7,
+        prefix_cache_bytes=0,
+        draft_path=str(tmp_path),
+    )
     assert counter.requests == [asked]
 
 
@@ -283,8 +290,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.mlx
 @pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("has_draft_model", [False, True])
 async def test_a_load_reserves_the_estimate(
-    socket_dir: Path, model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    socket_dir: Path,
+    model_dir: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    has_draft_model: bool,
 ) -> None:
     from runner_server.mlx_backend import MlxBackend
 
@@ -293,6 +304,8 @@ async def test_a_load_reserves_the_estimate(
     admission = MachineAdmission()
     backend: Any = MlxBackend(admission=admission)
     fields: dict[str, Any] = {"context_length": 256, "parallel": 2}
+    if has_draft_model:
+        fields["draft_model"] = str(model_dir())
     async with running(socket_dir, backend, admission) as (app, channel, ready):
         server = Server(app, backend, channel, ready)
         answer = await estimate(server, model_dir(), **fields)
@@ -300,7 +313,8 @@ async def test_a_load_reserves_the_estimate(
         assert answer.total_bytes == sum(getattr(answer, part) for part in PARTS)
         assert (await server.status()).state == pb.STATE_IDLE
         loaded = await server.load(str(model_dir()), **fields)
-        assert loaded.model.weight_bytes == answer.weight_bytes
+        held = loaded.model.weight_bytes + loaded.model.draft_model.weight_bytes
+        assert held == answer.weight_bytes
         assert loaded.model.dtype == answer.dtype
         usage = (await server.status()).memory_usage
         mlx = (

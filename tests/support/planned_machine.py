@@ -11,6 +11,7 @@ from runner_server.engine.prefix_cache import Match
 from runner_server.engine.types import CachePolicy, Prefill, Token
 from runner_server.engine.work import (
     DecodeItem,
+    DraftPrefillItem,
     EmbedItem,
     PrefillItem,
     PromoteItem,
@@ -114,6 +115,8 @@ class Machine:
             report = self._promote(item)
         elif isinstance(item, EmbedItem):
             report = self._embed(item)
+        elif isinstance(item, DraftPrefillItem):
+            raise TypeError("the machine has no draft model")
         else:
             self._decoding.update(item.joining)
             report = self._spend(len(self._decoding))

@@ -611,6 +611,13 @@ type LoadRequest struct {
 	// (`CompletionRequest.adapter`). At most 64. Refused if several ranks hold the model.
 	// Default: none.
 	Adapters []*Adapter `protobuf:"bytes,9,rep,name=adapters,proto3" json:"adapters,omitempty"`
+	// A small model with the same tokens, named as `model` is, whose guesses at the next
+	// tokens of a completion that is alone are checked several at a time. It changes the
+	// speed and not the text, and turns itself off where it does not pay. Its memory
+	// counts against `memory_limit_bytes`. Refused by name if the tokens differ, if the
+	// caches of either model cannot be cut back to an earlier token, and if several ranks
+	// hold the model. At most 4,096 characters. Default: none.
+	DraftModel string `protobuf:"bytes,10,opt,name=draft_model,json=draftModel,proto3" json:"draft_model,omitempty"`
 	// Bits of each number in the KV caches of layers that keep every token: 4, 8,
 	// or 0 for the number format of the weights. Fewer bits hold more tokens in the
 	// same memory, and change the texts a little. Layers with a sliding window or a
@@ -712,6 +719,13 @@ func (x *LoadRequest) GetAdapters() []*Adapter {
 		return x.Adapters
 	}
 	return nil
+}
+
+func (x *LoadRequest) GetDraftModel() string {
+	if x != nil {
+		return x.DraftModel
+	}
+	return ""
 }
 
 func (x *LoadRequest) GetKvBits() int32 {
@@ -869,6 +883,8 @@ type Model struct {
 	Capabilities *Capabilities `protobuf:"bytes,12,opt,name=capabilities,proto3" json:"capabilities,omitempty"`
 	// The adapters that requests may select.
 	Adapters []*Adapter `protobuf:"bytes,13,rep,name=adapters,proto3" json:"adapters,omitempty"`
+	// The model that guesses its next tokens. Unset if there is none.
+	DraftModel *DraftModel `protobuf:"bytes,14,opt,name=draft_model,json=draftModel,proto3" json:"draft_model,omitempty"`
 	// `LoadRequest.kv_bits`: 4 or 8, or 0 if the KV caches are not quantized.
 	KvBits        int32 `protobuf:"varint,15,opt,name=kv_bits,json=kvBits,proto3" json:"kv_bits,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -996,9 +1012,98 @@ func (x *Model) GetAdapters() []*Adapter {
 	return nil
 }
 
+func (x *Model) GetDraftModel() *DraftModel {
+	if x != nil {
+		return x.DraftModel
+	}
+	return nil
+}
+
 func (x *Model) GetKvBits() int32 {
 	if x != nil {
 		return x.KvBits
+	}
+	return 0
+}
+
+// A loaded draft model; see `LoadRequest.draft_model`.
+type DraftModel struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A short name: the directory's name.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The directory it was read from.
+	Path string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	// `model_type` of its config.json.
+	Architecture string `protobuf:"bytes,3,opt,name=architecture,proto3" json:"architecture,omitempty"`
+	// The memory that the weights take, in bytes, beside `Model.weight_bytes`.
+	WeightBytes int64 `protobuf:"varint,4,opt,name=weight_bytes,json=weightBytes,proto3" json:"weight_bytes,omitempty"`
+	// The longest sequence for which it guesses tokens, in tokens.
+	ContextLength int32 `protobuf:"varint,5,opt,name=context_length,json=contextLength,proto3" json:"context_length,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DraftModel) Reset() {
+	*x = DraftModel{}
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DraftModel) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DraftModel) ProtoMessage() {}
+
+func (x *DraftModel) ProtoReflect() protoreflect.Message {
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DraftModel.ProtoReflect.Descriptor instead.
+func (*DraftModel) Descriptor() ([]byte, []int) {
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *DraftModel) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DraftModel) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *DraftModel) GetArchitecture() string {
+	if x != nil {
+		return x.Architecture
+	}
+	return ""
+}
+
+func (x *DraftModel) GetWeightBytes() int64 {
+	if x != nil {
+		return x.WeightBytes
+	}
+	return 0
+}
+
+func (x *DraftModel) GetContextLength() int32 {
+	if x != nil {
+		return x.ContextLength
 	}
 	return 0
 }
@@ -1064,7 +1169,7 @@ type Capabilities struct {
 
 func (x *Capabilities) Reset() {
 	*x = Capabilities{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[4]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1076,7 +1181,7 @@ func (x *Capabilities) String() string {
 func (*Capabilities) ProtoMessage() {}
 
 func (x *Capabilities) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[4]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1089,7 +1194,7 @@ func (x *Capabilities) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capabilities.ProtoReflect.Descriptor instead.
 func (*Capabilities) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{4}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Capabilities) GetBatched() bool {
@@ -1237,6 +1342,8 @@ type EstimateRequest struct {
 	AllowInexact bool `protobuf:"varint,8,opt,name=allow_inexact,json=allowInexact,proto3" json:"allow_inexact,omitempty"`
 	// Default: none.
 	Adapters []*Adapter `protobuf:"bytes,9,rep,name=adapters,proto3" json:"adapters,omitempty"`
+	// Default: none. Counted with the parts of the model.
+	DraftModel string `protobuf:"bytes,10,opt,name=draft_model,json=draftModel,proto3" json:"draft_model,omitempty"`
 	// Default: 0.
 	KvBits        int32 `protobuf:"varint,11,opt,name=kv_bits,json=kvBits,proto3" json:"kv_bits,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1245,7 +1352,7 @@ type EstimateRequest struct {
 
 func (x *EstimateRequest) Reset() {
 	*x = EstimateRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[5]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1257,7 +1364,7 @@ func (x *EstimateRequest) String() string {
 func (*EstimateRequest) ProtoMessage() {}
 
 func (x *EstimateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[5]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1270,7 +1377,7 @@ func (x *EstimateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EstimateRequest.ProtoReflect.Descriptor instead.
 func (*EstimateRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{5}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *EstimateRequest) GetModel() string {
@@ -1327,6 +1434,13 @@ func (x *EstimateRequest) GetAdapters() []*Adapter {
 		return x.Adapters
 	}
 	return nil
+}
+
+func (x *EstimateRequest) GetDraftModel() string {
+	if x != nil {
+		return x.DraftModel
+	}
+	return ""
 }
 
 func (x *EstimateRequest) GetKvBits() int32 {
@@ -1388,7 +1502,7 @@ type EstimateResponse struct {
 
 func (x *EstimateResponse) Reset() {
 	*x = EstimateResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[6]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1400,7 +1514,7 @@ func (x *EstimateResponse) String() string {
 func (*EstimateResponse) ProtoMessage() {}
 
 func (x *EstimateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[6]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1413,7 +1527,7 @@ func (x *EstimateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EstimateResponse.ProtoReflect.Descriptor instead.
 func (*EstimateResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{6}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *EstimateResponse) GetWeightBytes() int64 {
@@ -1544,7 +1658,7 @@ type TrimRequest struct {
 
 func (x *TrimRequest) Reset() {
 	*x = TrimRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[7]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1556,7 +1670,7 @@ func (x *TrimRequest) String() string {
 func (*TrimRequest) ProtoMessage() {}
 
 func (x *TrimRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[7]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1569,7 +1683,7 @@ func (x *TrimRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrimRequest.ProtoReflect.Descriptor instead.
 func (*TrimRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{7}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *TrimRequest) GetPrefixCacheBytes() int64 {
@@ -1598,7 +1712,7 @@ type TrimResponse struct {
 
 func (x *TrimResponse) Reset() {
 	*x = TrimResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[8]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1610,7 +1724,7 @@ func (x *TrimResponse) String() string {
 func (*TrimResponse) ProtoMessage() {}
 
 func (x *TrimResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[8]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1623,7 +1737,7 @@ func (x *TrimResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrimResponse.ProtoReflect.Descriptor instead.
 func (*TrimResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{8}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *TrimResponse) GetFreedBytes() int64 {
@@ -1646,7 +1760,7 @@ type UnloadRequest struct {
 
 func (x *UnloadRequest) Reset() {
 	*x = UnloadRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[9]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1658,7 +1772,7 @@ func (x *UnloadRequest) String() string {
 func (*UnloadRequest) ProtoMessage() {}
 
 func (x *UnloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[9]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1671,7 +1785,7 @@ func (x *UnloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnloadRequest.ProtoReflect.Descriptor instead.
 func (*UnloadRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{9}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *UnloadRequest) GetModel() string {
@@ -1692,7 +1806,7 @@ type UnloadResponse struct {
 
 func (x *UnloadResponse) Reset() {
 	*x = UnloadResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[10]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1704,7 +1818,7 @@ func (x *UnloadResponse) String() string {
 func (*UnloadResponse) ProtoMessage() {}
 
 func (x *UnloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[10]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1717,7 +1831,7 @@ func (x *UnloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnloadResponse.ProtoReflect.Descriptor instead.
 func (*UnloadResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{10}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *UnloadResponse) GetFreedBytes() int64 {
@@ -1740,7 +1854,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[11]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1752,7 +1866,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[11]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1765,7 +1879,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{11}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *StatusRequest) GetModel() string {
@@ -1847,7 +1961,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[12]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1859,7 +1973,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[12]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1872,7 +1986,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{12}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *StatusResponse) GetState() State {
@@ -2052,7 +2166,7 @@ type WatchStatusRequest struct {
 
 func (x *WatchStatusRequest) Reset() {
 	*x = WatchStatusRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[13]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2064,7 +2178,7 @@ func (x *WatchStatusRequest) String() string {
 func (*WatchStatusRequest) ProtoMessage() {}
 
 func (x *WatchStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[13]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2077,7 +2191,7 @@ func (x *WatchStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchStatusRequest.ProtoReflect.Descriptor instead.
 func (*WatchStatusRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{13}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WatchStatusRequest) GetInterval() *durationpb.Duration {
@@ -2105,7 +2219,7 @@ type WatchStatusResponse struct {
 
 func (x *WatchStatusResponse) Reset() {
 	*x = WatchStatusResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[14]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2117,7 +2231,7 @@ func (x *WatchStatusResponse) String() string {
 func (*WatchStatusResponse) ProtoMessage() {}
 
 func (x *WatchStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[14]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2130,7 +2244,7 @@ func (x *WatchStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchStatusResponse.ProtoReflect.Descriptor instead.
 func (*WatchStatusResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{14}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WatchStatusResponse) GetStatus() *StatusResponse {
@@ -2159,7 +2273,7 @@ type Rank struct {
 
 func (x *Rank) Reset() {
 	*x = Rank{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[15]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2171,7 +2285,7 @@ func (x *Rank) String() string {
 func (*Rank) ProtoMessage() {}
 
 func (x *Rank) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[15]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2184,7 +2298,7 @@ func (x *Rank) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rank.ProtoReflect.Descriptor instead.
 func (*Rank) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{15}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Rank) GetRank() int32 {
@@ -2255,7 +2369,7 @@ type MemoryUsage struct {
 
 func (x *MemoryUsage) Reset() {
 	*x = MemoryUsage{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[16]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2267,7 +2381,7 @@ func (x *MemoryUsage) String() string {
 func (*MemoryUsage) ProtoMessage() {}
 
 func (x *MemoryUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[16]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2280,7 +2394,7 @@ func (x *MemoryUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryUsage.ProtoReflect.Descriptor instead.
 func (*MemoryUsage) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{16}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *MemoryUsage) GetActiveBytes() int64 {
@@ -2357,7 +2471,7 @@ type TokenIds struct {
 
 func (x *TokenIds) Reset() {
 	*x = TokenIds{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[17]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2369,7 +2483,7 @@ func (x *TokenIds) String() string {
 func (*TokenIds) ProtoMessage() {}
 
 func (x *TokenIds) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[17]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2382,7 +2496,7 @@ func (x *TokenIds) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenIds.ProtoReflect.Descriptor instead.
 func (*TokenIds) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{17}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *TokenIds) GetIds() []int32 {
@@ -2458,7 +2572,7 @@ type CompletionRequest struct {
 
 func (x *CompletionRequest) Reset() {
 	*x = CompletionRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[18]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2470,7 +2584,7 @@ func (x *CompletionRequest) String() string {
 func (*CompletionRequest) ProtoMessage() {}
 
 func (x *CompletionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[18]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2483,7 +2597,7 @@ func (x *CompletionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompletionRequest.ProtoReflect.Descriptor instead.
 func (*CompletionRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{18}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CompletionRequest) GetInput() isCompletionRequest_Input {
@@ -2643,7 +2757,7 @@ type Constraint struct {
 
 func (x *Constraint) Reset() {
 	*x = Constraint{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[19]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2655,7 +2769,7 @@ func (x *Constraint) String() string {
 func (*Constraint) ProtoMessage() {}
 
 func (x *Constraint) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[19]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2668,7 +2782,7 @@ func (x *Constraint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Constraint.ProtoReflect.Descriptor instead.
 func (*Constraint) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{19}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Constraint) GetKind() isConstraint_Kind {
@@ -2778,7 +2892,7 @@ type JsonObject struct {
 
 func (x *JsonObject) Reset() {
 	*x = JsonObject{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2790,7 +2904,7 @@ func (x *JsonObject) String() string {
 func (*JsonObject) ProtoMessage() {}
 
 func (x *JsonObject) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[20]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2803,7 +2917,7 @@ func (x *JsonObject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JsonObject.ProtoReflect.Descriptor instead.
 func (*JsonObject) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{20}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{21}
 }
 
 // One of several texts.
@@ -2817,7 +2931,7 @@ type Choice struct {
 
 func (x *Choice) Reset() {
 	*x = Choice{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2829,7 +2943,7 @@ func (x *Choice) String() string {
 func (*Choice) ProtoMessage() {}
 
 func (x *Choice) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[21]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2842,7 +2956,7 @@ func (x *Choice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Choice.ProtoReflect.Descriptor instead.
 func (*Choice) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{21}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Choice) GetTexts() []string {
@@ -2918,7 +3032,7 @@ type CompletionOptions struct {
 
 func (x *CompletionOptions) Reset() {
 	*x = CompletionOptions{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2930,7 +3044,7 @@ func (x *CompletionOptions) String() string {
 func (*CompletionOptions) ProtoMessage() {}
 
 func (x *CompletionOptions) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[22]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2943,7 +3057,7 @@ func (x *CompletionOptions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompletionOptions.ProtoReflect.Descriptor instead.
 func (*CompletionOptions) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{22}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CompletionOptions) GetTemperature() float32 {
@@ -3096,7 +3210,8 @@ type CompletionResponse struct {
 	// Whether `content` as a whole is what `CompletionRequest.constraint` asks for. Unset
 	// without a constraint.
 	ConstraintSatisfied *bool `protobuf:"varint,15,opt,name=constraint_satisfied,json=constraintSatisfied,proto3,oneof" json:"constraint_satisfied,omitempty"`
-	// Tokens drafted for a text that repeats itself, each step checking several. Drafts
+	// Tokens drafted, because the text repeats itself or by `LoadRequest.draft_model`, each
+	// step checking several. Drafts
 	// change the speed only: a token that differs from the one drawn is dropped.
 	DraftedCount int32 `protobuf:"varint,16,opt,name=drafted_count,json=draftedCount,proto3" json:"drafted_count,omitempty"`
 	// The part of `eval_count` that was drafted.
@@ -3107,7 +3222,7 @@ type CompletionResponse struct {
 
 func (x *CompletionResponse) Reset() {
 	*x = CompletionResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3119,7 +3234,7 @@ func (x *CompletionResponse) String() string {
 func (*CompletionResponse) ProtoMessage() {}
 
 func (x *CompletionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[23]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3132,7 +3247,7 @@ func (x *CompletionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompletionResponse.ProtoReflect.Descriptor instead.
 func (*CompletionResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{23}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CompletionResponse) GetContent() string {
@@ -3267,7 +3382,7 @@ type PromptProgress struct {
 
 func (x *PromptProgress) Reset() {
 	*x = PromptProgress{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3279,7 +3394,7 @@ func (x *PromptProgress) String() string {
 func (*PromptProgress) ProtoMessage() {}
 
 func (x *PromptProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[24]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3292,7 +3407,7 @@ func (x *PromptProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromptProgress.ProtoReflect.Descriptor instead.
 func (*PromptProgress) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{24}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *PromptProgress) GetEvaluatedCount() int32 {
@@ -3338,7 +3453,7 @@ type TokenLogprob struct {
 
 func (x *TokenLogprob) Reset() {
 	*x = TokenLogprob{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3350,7 +3465,7 @@ func (x *TokenLogprob) String() string {
 func (*TokenLogprob) ProtoMessage() {}
 
 func (x *TokenLogprob) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[25]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3363,7 +3478,7 @@ func (x *TokenLogprob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenLogprob.ProtoReflect.Descriptor instead.
 func (*TokenLogprob) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{25}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *TokenLogprob) GetTokenId() int32 {
@@ -3425,7 +3540,7 @@ type TopLogprob struct {
 
 func (x *TopLogprob) Reset() {
 	*x = TopLogprob{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3437,7 +3552,7 @@ func (x *TopLogprob) String() string {
 func (*TopLogprob) ProtoMessage() {}
 
 func (x *TopLogprob) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[26]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3450,7 +3565,7 @@ func (x *TopLogprob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopLogprob.ProtoReflect.Descriptor instead.
 func (*TopLogprob) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{26}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *TopLogprob) GetTokenId() int32 {
@@ -3493,7 +3608,7 @@ type AbortRequest struct {
 
 func (x *AbortRequest) Reset() {
 	*x = AbortRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3505,7 +3620,7 @@ func (x *AbortRequest) String() string {
 func (*AbortRequest) ProtoMessage() {}
 
 func (x *AbortRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[27]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3518,7 +3633,7 @@ func (x *AbortRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortRequest.ProtoReflect.Descriptor instead.
 func (*AbortRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{27}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AbortRequest) GetRequestIds() []string {
@@ -3539,7 +3654,7 @@ type AbortResponse struct {
 
 func (x *AbortResponse) Reset() {
 	*x = AbortResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[28]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3551,7 +3666,7 @@ func (x *AbortResponse) String() string {
 func (*AbortResponse) ProtoMessage() {}
 
 func (x *AbortResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[28]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3564,7 +3679,7 @@ func (x *AbortResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortResponse.ProtoReflect.Descriptor instead.
 func (*AbortResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{28}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *AbortResponse) GetAbortedCount() int32 {
@@ -3586,7 +3701,7 @@ type DrainRequest struct {
 
 func (x *DrainRequest) Reset() {
 	*x = DrainRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[29]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3598,7 +3713,7 @@ func (x *DrainRequest) String() string {
 func (*DrainRequest) ProtoMessage() {}
 
 func (x *DrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[29]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3611,7 +3726,7 @@ func (x *DrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
 func (*DrainRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{29}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *DrainRequest) GetTimeout() *durationpb.Duration {
@@ -3636,7 +3751,7 @@ type DrainResponse struct {
 
 func (x *DrainResponse) Reset() {
 	*x = DrainResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[30]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3648,7 +3763,7 @@ func (x *DrainResponse) String() string {
 func (*DrainResponse) ProtoMessage() {}
 
 func (x *DrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[30]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3661,7 +3776,7 @@ func (x *DrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
 func (*DrainResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{30}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *DrainResponse) GetFinishedCount() int32 {
@@ -3702,7 +3817,7 @@ type TokenizeRequest struct {
 
 func (x *TokenizeRequest) Reset() {
 	*x = TokenizeRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[31]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3714,7 +3829,7 @@ func (x *TokenizeRequest) String() string {
 func (*TokenizeRequest) ProtoMessage() {}
 
 func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[31]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3727,7 +3842,7 @@ func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeRequest.ProtoReflect.Descriptor instead.
 func (*TokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{31}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *TokenizeRequest) GetContent() string {
@@ -3769,7 +3884,7 @@ type TokenizeResponse struct {
 
 func (x *TokenizeResponse) Reset() {
 	*x = TokenizeResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[32]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3781,7 +3896,7 @@ func (x *TokenizeResponse) String() string {
 func (*TokenizeResponse) ProtoMessage() {}
 
 func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[32]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3794,7 +3909,7 @@ func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeResponse.ProtoReflect.Descriptor instead.
 func (*TokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{32}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *TokenizeResponse) GetTokenIds() []int32 {
@@ -3819,7 +3934,7 @@ type DetokenizeRequest struct {
 
 func (x *DetokenizeRequest) Reset() {
 	*x = DetokenizeRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[33]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3831,7 +3946,7 @@ func (x *DetokenizeRequest) String() string {
 func (*DetokenizeRequest) ProtoMessage() {}
 
 func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[33]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3844,7 +3959,7 @@ func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeRequest.ProtoReflect.Descriptor instead.
 func (*DetokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{33}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *DetokenizeRequest) GetTokenIds() []int32 {
@@ -3872,7 +3987,7 @@ type DetokenizeResponse struct {
 
 func (x *DetokenizeResponse) Reset() {
 	*x = DetokenizeResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[34]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3884,7 +3999,7 @@ func (x *DetokenizeResponse) String() string {
 func (*DetokenizeResponse) ProtoMessage() {}
 
 func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[34]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3897,7 +4012,7 @@ func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeResponse.ProtoReflect.Descriptor instead.
 func (*DetokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{34}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *DetokenizeResponse) GetContent() string {
@@ -3935,7 +4050,7 @@ type ChatMessage struct {
 
 func (x *ChatMessage) Reset() {
 	*x = ChatMessage{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[35]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3947,7 +4062,7 @@ func (x *ChatMessage) String() string {
 func (*ChatMessage) ProtoMessage() {}
 
 func (x *ChatMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[35]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3960,7 +4075,7 @@ func (x *ChatMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChatMessage.ProtoReflect.Descriptor instead.
 func (*ChatMessage) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{35}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ChatMessage) GetRole() Role {
@@ -4027,7 +4142,7 @@ type ContentPart struct {
 
 func (x *ContentPart) Reset() {
 	*x = ContentPart{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[36]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4039,7 +4154,7 @@ func (x *ContentPart) String() string {
 func (*ContentPart) ProtoMessage() {}
 
 func (x *ContentPart) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[36]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4052,7 +4167,7 @@ func (x *ContentPart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContentPart.ProtoReflect.Descriptor instead.
 func (*ContentPart) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{36}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ContentPart) GetPart() isContentPart_Part {
@@ -4097,7 +4212,7 @@ type ToolCall struct {
 
 func (x *ToolCall) Reset() {
 	*x = ToolCall{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[37]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4109,7 +4224,7 @@ func (x *ToolCall) String() string {
 func (*ToolCall) ProtoMessage() {}
 
 func (x *ToolCall) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[37]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4122,7 +4237,7 @@ func (x *ToolCall) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ToolCall.ProtoReflect.Descriptor instead.
 func (*ToolCall) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{37}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ToolCall) GetId() string {
@@ -4162,7 +4277,7 @@ type Tool struct {
 
 func (x *Tool) Reset() {
 	*x = Tool{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[38]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4174,7 +4289,7 @@ func (x *Tool) String() string {
 func (*Tool) ProtoMessage() {}
 
 func (x *Tool) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[38]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4187,7 +4302,7 @@ func (x *Tool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tool.ProtoReflect.Descriptor instead.
 func (*Tool) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{38}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Tool) GetName() string {
@@ -4243,7 +4358,7 @@ type RenderChatRequest struct {
 
 func (x *RenderChatRequest) Reset() {
 	*x = RenderChatRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[39]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4255,7 +4370,7 @@ func (x *RenderChatRequest) String() string {
 func (*RenderChatRequest) ProtoMessage() {}
 
 func (x *RenderChatRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[39]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4268,7 +4383,7 @@ func (x *RenderChatRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenderChatRequest.ProtoReflect.Descriptor instead.
 func (*RenderChatRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{39}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RenderChatRequest) GetMessages() []*ChatMessage {
@@ -4319,7 +4434,7 @@ type RenderChatResponse struct {
 
 func (x *RenderChatResponse) Reset() {
 	*x = RenderChatResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[40]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4331,7 +4446,7 @@ func (x *RenderChatResponse) String() string {
 func (*RenderChatResponse) ProtoMessage() {}
 
 func (x *RenderChatResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[40]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4344,7 +4459,7 @@ func (x *RenderChatResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenderChatResponse.ProtoReflect.Descriptor instead.
 func (*RenderChatResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{40}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *RenderChatResponse) GetPrompt() string {
@@ -4425,7 +4540,7 @@ type ChatRequest struct {
 
 func (x *ChatRequest) Reset() {
 	*x = ChatRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[41]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4437,7 +4552,7 @@ func (x *ChatRequest) String() string {
 func (*ChatRequest) ProtoMessage() {}
 
 func (x *ChatRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[41]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4450,7 +4565,7 @@ func (x *ChatRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChatRequest.ProtoReflect.Descriptor instead.
 func (*ChatRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{41}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ChatRequest) GetMessages() []*ChatMessage {
@@ -4634,7 +4749,7 @@ type ChatResponse struct {
 
 func (x *ChatResponse) Reset() {
 	*x = ChatResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[42]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4646,7 +4761,7 @@ func (x *ChatResponse) String() string {
 func (*ChatResponse) ProtoMessage() {}
 
 func (x *ChatResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[42]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4659,7 +4774,7 @@ func (x *ChatResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChatResponse.ProtoReflect.Descriptor instead.
 func (*ChatResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{42}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ChatResponse) GetContent() string {
@@ -4819,7 +4934,7 @@ type EmbedRequest struct {
 
 func (x *EmbedRequest) Reset() {
 	*x = EmbedRequest{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[43]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4831,7 +4946,7 @@ func (x *EmbedRequest) String() string {
 func (*EmbedRequest) ProtoMessage() {}
 
 func (x *EmbedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[43]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4844,7 +4959,7 @@ func (x *EmbedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmbedRequest.ProtoReflect.Descriptor instead.
 func (*EmbedRequest) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{43}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *EmbedRequest) GetInputs() []*EmbedInput {
@@ -4898,7 +5013,7 @@ type EmbedInput struct {
 
 func (x *EmbedInput) Reset() {
 	*x = EmbedInput{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[44]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4910,7 +5025,7 @@ func (x *EmbedInput) String() string {
 func (*EmbedInput) ProtoMessage() {}
 
 func (x *EmbedInput) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[44]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4923,7 +5038,7 @@ func (x *EmbedInput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmbedInput.ProtoReflect.Descriptor instead.
 func (*EmbedInput) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{44}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *EmbedInput) GetInput() isEmbedInput_Input {
@@ -4989,7 +5104,7 @@ type EmbedResponse struct {
 
 func (x *EmbedResponse) Reset() {
 	*x = EmbedResponse{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[45]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5001,7 +5116,7 @@ func (x *EmbedResponse) String() string {
 func (*EmbedResponse) ProtoMessage() {}
 
 func (x *EmbedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[45]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5014,7 +5129,7 @@ func (x *EmbedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmbedResponse.ProtoReflect.Descriptor instead.
 func (*EmbedResponse) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{45}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *EmbedResponse) GetEmbeddings() []*Embedding {
@@ -5059,7 +5174,7 @@ type Embedding struct {
 
 func (x *Embedding) Reset() {
 	*x = Embedding{}
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[46]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5071,7 +5186,7 @@ func (x *Embedding) String() string {
 func (*Embedding) ProtoMessage() {}
 
 func (x *Embedding) ProtoReflect() protoreflect.Message {
-	mi := &file_mlxrunner_v1_runner_proto_msgTypes[46]
+	mi := &file_mlxrunner_v1_runner_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5084,7 +5199,7 @@ func (x *Embedding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Embedding.ProtoReflect.Descriptor instead.
 func (*Embedding) Descriptor() ([]byte, []int) {
-	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{46}
+	return file_mlxrunner_v1_runner_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Embedding) GetValues() []float32 {
@@ -5105,7 +5220,7 @@ var File_mlxrunner_v1_runner_proto protoreflect.FileDescriptor
 
 const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\n" +
-	"\x19mlxrunner/v1/runner.proto\x12\fmlxrunner.v1\x1a\x1egoogle/protobuf/duration.proto\"\xe9\x03\n" +
+	"\x19mlxrunner/v1/runner.proto\x12\fmlxrunner.v1\x1a\x1egoogle/protobuf/duration.proto\"\x8a\x04\n" +
 	"\vLoadRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12*\n" +
 	"\x0econtext_length\x18\x02 \x01(\x05H\x00R\rcontextLength\x88\x01\x01\x12\x1f\n" +
@@ -5115,7 +5230,10 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x12prefix_cache_bytes\x18\x06 \x01(\x03H\x03R\x10prefixCacheBytes\x88\x01\x01\x12'\n" +
 	"\x0fmemory_override\x18\a \x01(\bR\x0ememoryOverride\x12#\n" +
 	"\rallow_inexact\x18\b \x01(\bR\fallowInexact\x121\n" +
-	"\badapters\x18\t \x03(\v2\x15.mlxrunner.v1.AdapterR\badapters\x12\x17\n" +
+	"\badapters\x18\t \x03(\v2\x15.mlxrunner.v1.AdapterR\badapters\x12\x1f\n" +
+	"\vdraft_model\x18\n" +
+	" \x01(\tR\n" +
+	"draftModel\x12\x17\n" +
 	"\akv_bits\x18\v \x01(\x05R\x06kvBitsB\x11\n" +
 	"\x0f_context_lengthB\v\n" +
 	"\t_parallelB\x15\n" +
@@ -5126,7 +5244,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x04path\x18\x02 \x01(\tR\x04path\"y\n" +
 	"\fLoadResponse\x12)\n" +
 	"\x05model\x18\x01 \x01(\v2\x13.mlxrunner.v1.ModelR\x05model\x12>\n" +
-	"\rload_duration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\floadDuration\"\xf2\x03\n" +
+	"\rload_duration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\floadDuration\"\xad\x04\n" +
 	"\x05Model\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\"\n" +
@@ -5142,8 +5260,17 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	" \x01(\bR\rdtypeFallback\x12\x1a\n" +
 	"\bwarnings\x18\v \x03(\tR\bwarnings\x12>\n" +
 	"\fcapabilities\x18\f \x01(\v2\x1a.mlxrunner.v1.CapabilitiesR\fcapabilities\x121\n" +
-	"\badapters\x18\r \x03(\v2\x15.mlxrunner.v1.AdapterR\badapters\x12\x17\n" +
-	"\akv_bits\x18\x0f \x01(\x05R\x06kvBits\"\xf3\b\n" +
+	"\badapters\x18\r \x03(\v2\x15.mlxrunner.v1.AdapterR\badapters\x129\n" +
+	"\vdraft_model\x18\x0e \x01(\v2\x18.mlxrunner.v1.DraftModelR\n" +
+	"draftModel\x12\x17\n" +
+	"\akv_bits\x18\x0f \x01(\x05R\x06kvBits\"\xa2\x01\n" +
+	"\n" +
+	"DraftModel\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\"\n" +
+	"\farchitecture\x18\x03 \x01(\tR\farchitecture\x12!\n" +
+	"\fweight_bytes\x18\x04 \x01(\x03R\vweightBytes\x12%\n" +
+	"\x0econtext_length\x18\x05 \x01(\x05R\rcontextLength\"\xf3\b\n" +
 	"\fCapabilities\x12\x1d\n" +
 	"\abatched\x18\x01 \x01(\bH\x00R\abatched\x88\x01\x01\x12&\n" +
 	"\fprefix_cache\x18\x02 \x01(\bH\x01R\vprefixCache\x88\x01\x01\x121\n" +
@@ -5186,7 +5313,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\v_completionB\x16\n" +
 	"\x14_embedding_dimensionB\x12\n" +
 	"\x10_max_embed_countB\x13\n" +
-	"\x11_max_embed_tokens\"\xc4\x03\n" +
+	"\x11_max_embed_tokens\"\xe5\x03\n" +
 	"\x0fEstimateRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12*\n" +
 	"\x0econtext_length\x18\x02 \x01(\x05H\x00R\rcontextLength\x88\x01\x01\x12\x1f\n" +
@@ -5195,7 +5322,10 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\x12memory_limit_bytes\x18\x05 \x01(\x03H\x02R\x10memoryLimitBytes\x88\x01\x01\x121\n" +
 	"\x12prefix_cache_bytes\x18\x06 \x01(\x03H\x03R\x10prefixCacheBytes\x88\x01\x01\x12#\n" +
 	"\rallow_inexact\x18\b \x01(\bR\fallowInexact\x121\n" +
-	"\badapters\x18\t \x03(\v2\x15.mlxrunner.v1.AdapterR\badapters\x12\x17\n" +
+	"\badapters\x18\t \x03(\v2\x15.mlxrunner.v1.AdapterR\badapters\x12\x1f\n" +
+	"\vdraft_model\x18\n" +
+	" \x01(\tR\n" +
+	"draftModel\x12\x17\n" +
 	"\akv_bits\x18\v \x01(\x05R\x06kvBitsB\x11\n" +
 	"\x0f_context_lengthB\v\n" +
 	"\t_parallelB\x15\n" +
@@ -5625,7 +5755,7 @@ func file_mlxrunner_v1_runner_proto_rawDescGZIP() []byte {
 }
 
 var file_mlxrunner_v1_runner_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
+var file_mlxrunner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
 var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(ErrorReason)(0),            // 0: mlxrunner.v1.ErrorReason
 	(State)(0),                  // 1: mlxrunner.v1.State
@@ -5638,142 +5768,144 @@ var file_mlxrunner_v1_runner_proto_goTypes = []any{
 	(*Adapter)(nil),             // 8: mlxrunner.v1.Adapter
 	(*LoadResponse)(nil),        // 9: mlxrunner.v1.LoadResponse
 	(*Model)(nil),               // 10: mlxrunner.v1.Model
-	(*Capabilities)(nil),        // 11: mlxrunner.v1.Capabilities
-	(*EstimateRequest)(nil),     // 12: mlxrunner.v1.EstimateRequest
-	(*EstimateResponse)(nil),    // 13: mlxrunner.v1.EstimateResponse
-	(*TrimRequest)(nil),         // 14: mlxrunner.v1.TrimRequest
-	(*TrimResponse)(nil),        // 15: mlxrunner.v1.TrimResponse
-	(*UnloadRequest)(nil),       // 16: mlxrunner.v1.UnloadRequest
-	(*UnloadResponse)(nil),      // 17: mlxrunner.v1.UnloadResponse
-	(*StatusRequest)(nil),       // 18: mlxrunner.v1.StatusRequest
-	(*StatusResponse)(nil),      // 19: mlxrunner.v1.StatusResponse
-	(*WatchStatusRequest)(nil),  // 20: mlxrunner.v1.WatchStatusRequest
-	(*WatchStatusResponse)(nil), // 21: mlxrunner.v1.WatchStatusResponse
-	(*Rank)(nil),                // 22: mlxrunner.v1.Rank
-	(*MemoryUsage)(nil),         // 23: mlxrunner.v1.MemoryUsage
-	(*TokenIds)(nil),            // 24: mlxrunner.v1.TokenIds
-	(*CompletionRequest)(nil),   // 25: mlxrunner.v1.CompletionRequest
-	(*Constraint)(nil),          // 26: mlxrunner.v1.Constraint
-	(*JsonObject)(nil),          // 27: mlxrunner.v1.JsonObject
-	(*Choice)(nil),              // 28: mlxrunner.v1.Choice
-	(*CompletionOptions)(nil),   // 29: mlxrunner.v1.CompletionOptions
-	(*CompletionResponse)(nil),  // 30: mlxrunner.v1.CompletionResponse
-	(*PromptProgress)(nil),      // 31: mlxrunner.v1.PromptProgress
-	(*TokenLogprob)(nil),        // 32: mlxrunner.v1.TokenLogprob
-	(*TopLogprob)(nil),          // 33: mlxrunner.v1.TopLogprob
-	(*AbortRequest)(nil),        // 34: mlxrunner.v1.AbortRequest
-	(*AbortResponse)(nil),       // 35: mlxrunner.v1.AbortResponse
-	(*DrainRequest)(nil),        // 36: mlxrunner.v1.DrainRequest
-	(*DrainResponse)(nil),       // 37: mlxrunner.v1.DrainResponse
-	(*TokenizeRequest)(nil),     // 38: mlxrunner.v1.TokenizeRequest
-	(*TokenizeResponse)(nil),    // 39: mlxrunner.v1.TokenizeResponse
-	(*DetokenizeRequest)(nil),   // 40: mlxrunner.v1.DetokenizeRequest
-	(*DetokenizeResponse)(nil),  // 41: mlxrunner.v1.DetokenizeResponse
-	(*ChatMessage)(nil),         // 42: mlxrunner.v1.ChatMessage
-	(*ContentPart)(nil),         // 43: mlxrunner.v1.ContentPart
-	(*ToolCall)(nil),            // 44: mlxrunner.v1.ToolCall
-	(*Tool)(nil),                // 45: mlxrunner.v1.Tool
-	(*RenderChatRequest)(nil),   // 46: mlxrunner.v1.RenderChatRequest
-	(*RenderChatResponse)(nil),  // 47: mlxrunner.v1.RenderChatResponse
-	(*ChatRequest)(nil),         // 48: mlxrunner.v1.ChatRequest
-	(*ChatResponse)(nil),        // 49: mlxrunner.v1.ChatResponse
-	(*EmbedRequest)(nil),        // 50: mlxrunner.v1.EmbedRequest
-	(*EmbedInput)(nil),          // 51: mlxrunner.v1.EmbedInput
-	(*EmbedResponse)(nil),       // 52: mlxrunner.v1.EmbedResponse
-	(*Embedding)(nil),           // 53: mlxrunner.v1.Embedding
-	nil,                         // 54: mlxrunner.v1.CompletionOptions.LogitBiasEntry
-	(*durationpb.Duration)(nil), // 55: google.protobuf.Duration
+	(*DraftModel)(nil),          // 11: mlxrunner.v1.DraftModel
+	(*Capabilities)(nil),        // 12: mlxrunner.v1.Capabilities
+	(*EstimateRequest)(nil),     // 13: mlxrunner.v1.EstimateRequest
+	(*EstimateResponse)(nil),    // 14: mlxrunner.v1.EstimateResponse
+	(*TrimRequest)(nil),         // 15: mlxrunner.v1.TrimRequest
+	(*TrimResponse)(nil),        // 16: mlxrunner.v1.TrimResponse
+	(*UnloadRequest)(nil),       // 17: mlxrunner.v1.UnloadRequest
+	(*UnloadResponse)(nil),      // 18: mlxrunner.v1.UnloadResponse
+	(*StatusRequest)(nil),       // 19: mlxrunner.v1.StatusRequest
+	(*StatusResponse)(nil),      // 20: mlxrunner.v1.StatusResponse
+	(*WatchStatusRequest)(nil),  // 21: mlxrunner.v1.WatchStatusRequest
+	(*WatchStatusResponse)(nil), // 22: mlxrunner.v1.WatchStatusResponse
+	(*Rank)(nil),                // 23: mlxrunner.v1.Rank
+	(*MemoryUsage)(nil),         // 24: mlxrunner.v1.MemoryUsage
+	(*TokenIds)(nil),            // 25: mlxrunner.v1.TokenIds
+	(*CompletionRequest)(nil),   // 26: mlxrunner.v1.CompletionRequest
+	(*Constraint)(nil),          // 27: mlxrunner.v1.Constraint
+	(*JsonObject)(nil),          // 28: mlxrunner.v1.JsonObject
+	(*Choice)(nil),              // 29: mlxrunner.v1.Choice
+	(*CompletionOptions)(nil),   // 30: mlxrunner.v1.CompletionOptions
+	(*CompletionResponse)(nil),  // 31: mlxrunner.v1.CompletionResponse
+	(*PromptProgress)(nil),      // 32: mlxrunner.v1.PromptProgress
+	(*TokenLogprob)(nil),        // 33: mlxrunner.v1.TokenLogprob
+	(*TopLogprob)(nil),          // 34: mlxrunner.v1.TopLogprob
+	(*AbortRequest)(nil),        // 35: mlxrunner.v1.AbortRequest
+	(*AbortResponse)(nil),       // 36: mlxrunner.v1.AbortResponse
+	(*DrainRequest)(nil),        // 37: mlxrunner.v1.DrainRequest
+	(*DrainResponse)(nil),       // 38: mlxrunner.v1.DrainResponse
+	(*TokenizeRequest)(nil),     // 39: mlxrunner.v1.TokenizeRequest
+	(*TokenizeResponse)(nil),    // 40: mlxrunner.v1.TokenizeResponse
+	(*DetokenizeRequest)(nil),   // 41: mlxrunner.v1.DetokenizeRequest
+	(*DetokenizeResponse)(nil),  // 42: mlxrunner.v1.DetokenizeResponse
+	(*ChatMessage)(nil),         // 43: mlxrunner.v1.ChatMessage
+	(*ContentPart)(nil),         // 44: mlxrunner.v1.ContentPart
+	(*ToolCall)(nil),            // 45: mlxrunner.v1.ToolCall
+	(*Tool)(nil),                // 46: mlxrunner.v1.Tool
+	(*RenderChatRequest)(nil),   // 47: mlxrunner.v1.RenderChatRequest
+	(*RenderChatResponse)(nil),  // 48: mlxrunner.v1.RenderChatResponse
+	(*ChatRequest)(nil),         // 49: mlxrunner.v1.ChatRequest
+	(*ChatResponse)(nil),        // 50: mlxrunner.v1.ChatResponse
+	(*EmbedRequest)(nil),        // 51: mlxrunner.v1.EmbedRequest
+	(*EmbedInput)(nil),          // 52: mlxrunner.v1.EmbedInput
+	(*EmbedResponse)(nil),       // 53: mlxrunner.v1.EmbedResponse
+	(*Embedding)(nil),           // 54: mlxrunner.v1.Embedding
+	nil,                         // 55: mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	(*durationpb.Duration)(nil), // 56: google.protobuf.Duration
 }
 var file_mlxrunner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: mlxrunner.v1.LoadRequest.dtype:type_name -> mlxrunner.v1.Dtype
 	8,  // 1: mlxrunner.v1.LoadRequest.adapters:type_name -> mlxrunner.v1.Adapter
 	10, // 2: mlxrunner.v1.LoadResponse.model:type_name -> mlxrunner.v1.Model
-	55, // 3: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
-	11, // 4: mlxrunner.v1.Model.capabilities:type_name -> mlxrunner.v1.Capabilities
+	56, // 3: mlxrunner.v1.LoadResponse.load_duration:type_name -> google.protobuf.Duration
+	12, // 4: mlxrunner.v1.Model.capabilities:type_name -> mlxrunner.v1.Capabilities
 	8,  // 5: mlxrunner.v1.Model.adapters:type_name -> mlxrunner.v1.Adapter
-	4,  // 6: mlxrunner.v1.Capabilities.constraint_kinds:type_name -> mlxrunner.v1.ConstraintKind
-	2,  // 7: mlxrunner.v1.EstimateRequest.dtype:type_name -> mlxrunner.v1.Dtype
-	8,  // 8: mlxrunner.v1.EstimateRequest.adapters:type_name -> mlxrunner.v1.Adapter
-	1,  // 9: mlxrunner.v1.StatusResponse.state:type_name -> mlxrunner.v1.State
-	23, // 10: mlxrunner.v1.StatusResponse.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
-	10, // 11: mlxrunner.v1.StatusResponse.model:type_name -> mlxrunner.v1.Model
-	55, // 12: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
-	55, // 13: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
-	22, // 14: mlxrunner.v1.StatusResponse.ranks:type_name -> mlxrunner.v1.Rank
-	55, // 15: mlxrunner.v1.WatchStatusRequest.interval:type_name -> google.protobuf.Duration
-	19, // 16: mlxrunner.v1.WatchStatusResponse.status:type_name -> mlxrunner.v1.StatusResponse
-	23, // 17: mlxrunner.v1.Rank.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
-	24, // 18: mlxrunner.v1.CompletionRequest.prompt_token_ids:type_name -> mlxrunner.v1.TokenIds
-	29, // 19: mlxrunner.v1.CompletionRequest.options:type_name -> mlxrunner.v1.CompletionOptions
-	26, // 20: mlxrunner.v1.CompletionRequest.constraint:type_name -> mlxrunner.v1.Constraint
-	27, // 21: mlxrunner.v1.Constraint.json_object:type_name -> mlxrunner.v1.JsonObject
-	28, // 22: mlxrunner.v1.Constraint.choice:type_name -> mlxrunner.v1.Choice
-	54, // 23: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
-	32, // 24: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
-	3,  // 25: mlxrunner.v1.CompletionResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
-	31, // 26: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
-	32, // 27: mlxrunner.v1.CompletionResponse.prompt_logprobs:type_name -> mlxrunner.v1.TokenLogprob
-	55, // 28: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	55, // 29: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
-	55, // 30: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
-	33, // 31: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
-	33, // 32: mlxrunner.v1.TokenLogprob.candidates:type_name -> mlxrunner.v1.TopLogprob
-	55, // 33: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
-	5,  // 34: mlxrunner.v1.ChatMessage.role:type_name -> mlxrunner.v1.Role
-	43, // 35: mlxrunner.v1.ChatMessage.content_parts:type_name -> mlxrunner.v1.ContentPart
-	44, // 36: mlxrunner.v1.ChatMessage.tool_calls:type_name -> mlxrunner.v1.ToolCall
-	42, // 37: mlxrunner.v1.RenderChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
-	45, // 38: mlxrunner.v1.RenderChatRequest.tools:type_name -> mlxrunner.v1.Tool
-	42, // 39: mlxrunner.v1.ChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
-	45, // 40: mlxrunner.v1.ChatRequest.tools:type_name -> mlxrunner.v1.Tool
-	6,  // 41: mlxrunner.v1.ChatRequest.tool_choice:type_name -> mlxrunner.v1.ToolChoice
-	29, // 42: mlxrunner.v1.ChatRequest.options:type_name -> mlxrunner.v1.CompletionOptions
-	26, // 43: mlxrunner.v1.ChatRequest.constraint:type_name -> mlxrunner.v1.Constraint
-	44, // 44: mlxrunner.v1.ChatResponse.tool_calls:type_name -> mlxrunner.v1.ToolCall
-	32, // 45: mlxrunner.v1.ChatResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
-	3,  // 46: mlxrunner.v1.ChatResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
-	31, // 47: mlxrunner.v1.ChatResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
-	55, // 48: mlxrunner.v1.ChatResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	55, // 49: mlxrunner.v1.ChatResponse.eval_duration:type_name -> google.protobuf.Duration
-	55, // 50: mlxrunner.v1.ChatResponse.queue_duration:type_name -> google.protobuf.Duration
-	51, // 51: mlxrunner.v1.EmbedRequest.inputs:type_name -> mlxrunner.v1.EmbedInput
-	24, // 52: mlxrunner.v1.EmbedInput.token_ids:type_name -> mlxrunner.v1.TokenIds
-	53, // 53: mlxrunner.v1.EmbedResponse.embeddings:type_name -> mlxrunner.v1.Embedding
-	55, // 54: mlxrunner.v1.EmbedResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
-	55, // 55: mlxrunner.v1.EmbedResponse.queue_duration:type_name -> google.protobuf.Duration
-	7,  // 56: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
-	12, // 57: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
-	14, // 58: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
-	16, // 59: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
-	18, // 60: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
-	20, // 61: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
-	25, // 62: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
-	34, // 63: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
-	36, // 64: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
-	38, // 65: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
-	40, // 66: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
-	46, // 67: mlxrunner.v1.RunnerService.RenderChat:input_type -> mlxrunner.v1.RenderChatRequest
-	48, // 68: mlxrunner.v1.RunnerService.Chat:input_type -> mlxrunner.v1.ChatRequest
-	50, // 69: mlxrunner.v1.RunnerService.Embed:input_type -> mlxrunner.v1.EmbedRequest
-	9,  // 70: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
-	13, // 71: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
-	15, // 72: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
-	17, // 73: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
-	19, // 74: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
-	21, // 75: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
-	30, // 76: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
-	35, // 77: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
-	37, // 78: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
-	39, // 79: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
-	41, // 80: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
-	47, // 81: mlxrunner.v1.RunnerService.RenderChat:output_type -> mlxrunner.v1.RenderChatResponse
-	49, // 82: mlxrunner.v1.RunnerService.Chat:output_type -> mlxrunner.v1.ChatResponse
-	52, // 83: mlxrunner.v1.RunnerService.Embed:output_type -> mlxrunner.v1.EmbedResponse
-	70, // [70:84] is the sub-list for method output_type
-	56, // [56:70] is the sub-list for method input_type
-	56, // [56:56] is the sub-list for extension type_name
-	56, // [56:56] is the sub-list for extension extendee
-	0,  // [0:56] is the sub-list for field type_name
+	11, // 6: mlxrunner.v1.Model.draft_model:type_name -> mlxrunner.v1.DraftModel
+	4,  // 7: mlxrunner.v1.Capabilities.constraint_kinds:type_name -> mlxrunner.v1.ConstraintKind
+	2,  // 8: mlxrunner.v1.EstimateRequest.dtype:type_name -> mlxrunner.v1.Dtype
+	8,  // 9: mlxrunner.v1.EstimateRequest.adapters:type_name -> mlxrunner.v1.Adapter
+	1,  // 10: mlxrunner.v1.StatusResponse.state:type_name -> mlxrunner.v1.State
+	24, // 11: mlxrunner.v1.StatusResponse.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
+	10, // 12: mlxrunner.v1.StatusResponse.model:type_name -> mlxrunner.v1.Model
+	56, // 13: mlxrunner.v1.StatusResponse.last_progress_age:type_name -> google.protobuf.Duration
+	56, // 14: mlxrunner.v1.StatusResponse.uptime_duration:type_name -> google.protobuf.Duration
+	23, // 15: mlxrunner.v1.StatusResponse.ranks:type_name -> mlxrunner.v1.Rank
+	56, // 16: mlxrunner.v1.WatchStatusRequest.interval:type_name -> google.protobuf.Duration
+	20, // 17: mlxrunner.v1.WatchStatusResponse.status:type_name -> mlxrunner.v1.StatusResponse
+	24, // 18: mlxrunner.v1.Rank.memory_usage:type_name -> mlxrunner.v1.MemoryUsage
+	25, // 19: mlxrunner.v1.CompletionRequest.prompt_token_ids:type_name -> mlxrunner.v1.TokenIds
+	30, // 20: mlxrunner.v1.CompletionRequest.options:type_name -> mlxrunner.v1.CompletionOptions
+	27, // 21: mlxrunner.v1.CompletionRequest.constraint:type_name -> mlxrunner.v1.Constraint
+	28, // 22: mlxrunner.v1.Constraint.json_object:type_name -> mlxrunner.v1.JsonObject
+	29, // 23: mlxrunner.v1.Constraint.choice:type_name -> mlxrunner.v1.Choice
+	55, // 24: mlxrunner.v1.CompletionOptions.logit_bias:type_name -> mlxrunner.v1.CompletionOptions.LogitBiasEntry
+	33, // 25: mlxrunner.v1.CompletionResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	3,  // 26: mlxrunner.v1.CompletionResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
+	32, // 27: mlxrunner.v1.CompletionResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
+	33, // 28: mlxrunner.v1.CompletionResponse.prompt_logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	56, // 29: mlxrunner.v1.CompletionResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	56, // 30: mlxrunner.v1.CompletionResponse.eval_duration:type_name -> google.protobuf.Duration
+	56, // 31: mlxrunner.v1.CompletionResponse.queue_duration:type_name -> google.protobuf.Duration
+	34, // 32: mlxrunner.v1.TokenLogprob.top:type_name -> mlxrunner.v1.TopLogprob
+	34, // 33: mlxrunner.v1.TokenLogprob.candidates:type_name -> mlxrunner.v1.TopLogprob
+	56, // 34: mlxrunner.v1.DrainRequest.timeout:type_name -> google.protobuf.Duration
+	5,  // 35: mlxrunner.v1.ChatMessage.role:type_name -> mlxrunner.v1.Role
+	44, // 36: mlxrunner.v1.ChatMessage.content_parts:type_name -> mlxrunner.v1.ContentPart
+	45, // 37: mlxrunner.v1.ChatMessage.tool_calls:type_name -> mlxrunner.v1.ToolCall
+	43, // 38: mlxrunner.v1.RenderChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
+	46, // 39: mlxrunner.v1.RenderChatRequest.tools:type_name -> mlxrunner.v1.Tool
+	43, // 40: mlxrunner.v1.ChatRequest.messages:type_name -> mlxrunner.v1.ChatMessage
+	46, // 41: mlxrunner.v1.ChatRequest.tools:type_name -> mlxrunner.v1.Tool
+	6,  // 42: mlxrunner.v1.ChatRequest.tool_choice:type_name -> mlxrunner.v1.ToolChoice
+	30, // 43: mlxrunner.v1.ChatRequest.options:type_name -> mlxrunner.v1.CompletionOptions
+	27, // 44: mlxrunner.v1.ChatRequest.constraint:type_name -> mlxrunner.v1.Constraint
+	45, // 45: mlxrunner.v1.ChatResponse.tool_calls:type_name -> mlxrunner.v1.ToolCall
+	33, // 46: mlxrunner.v1.ChatResponse.logprobs:type_name -> mlxrunner.v1.TokenLogprob
+	3,  // 47: mlxrunner.v1.ChatResponse.done_reason:type_name -> mlxrunner.v1.DoneReason
+	32, // 48: mlxrunner.v1.ChatResponse.prompt_progress:type_name -> mlxrunner.v1.PromptProgress
+	56, // 49: mlxrunner.v1.ChatResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	56, // 50: mlxrunner.v1.ChatResponse.eval_duration:type_name -> google.protobuf.Duration
+	56, // 51: mlxrunner.v1.ChatResponse.queue_duration:type_name -> google.protobuf.Duration
+	52, // 52: mlxrunner.v1.EmbedRequest.inputs:type_name -> mlxrunner.v1.EmbedInput
+	25, // 53: mlxrunner.v1.EmbedInput.token_ids:type_name -> mlxrunner.v1.TokenIds
+	54, // 54: mlxrunner.v1.EmbedResponse.embeddings:type_name -> mlxrunner.v1.Embedding
+	56, // 55: mlxrunner.v1.EmbedResponse.prompt_eval_duration:type_name -> google.protobuf.Duration
+	56, // 56: mlxrunner.v1.EmbedResponse.queue_duration:type_name -> google.protobuf.Duration
+	7,  // 57: mlxrunner.v1.RunnerService.Load:input_type -> mlxrunner.v1.LoadRequest
+	13, // 58: mlxrunner.v1.RunnerService.Estimate:input_type -> mlxrunner.v1.EstimateRequest
+	15, // 59: mlxrunner.v1.RunnerService.Trim:input_type -> mlxrunner.v1.TrimRequest
+	17, // 60: mlxrunner.v1.RunnerService.Unload:input_type -> mlxrunner.v1.UnloadRequest
+	19, // 61: mlxrunner.v1.RunnerService.Status:input_type -> mlxrunner.v1.StatusRequest
+	21, // 62: mlxrunner.v1.RunnerService.WatchStatus:input_type -> mlxrunner.v1.WatchStatusRequest
+	26, // 63: mlxrunner.v1.RunnerService.Completion:input_type -> mlxrunner.v1.CompletionRequest
+	35, // 64: mlxrunner.v1.RunnerService.Abort:input_type -> mlxrunner.v1.AbortRequest
+	37, // 65: mlxrunner.v1.RunnerService.Drain:input_type -> mlxrunner.v1.DrainRequest
+	39, // 66: mlxrunner.v1.RunnerService.Tokenize:input_type -> mlxrunner.v1.TokenizeRequest
+	41, // 67: mlxrunner.v1.RunnerService.Detokenize:input_type -> mlxrunner.v1.DetokenizeRequest
+	47, // 68: mlxrunner.v1.RunnerService.RenderChat:input_type -> mlxrunner.v1.RenderChatRequest
+	49, // 69: mlxrunner.v1.RunnerService.Chat:input_type -> mlxrunner.v1.ChatRequest
+	51, // 70: mlxrunner.v1.RunnerService.Embed:input_type -> mlxrunner.v1.EmbedRequest
+	9,  // 71: mlxrunner.v1.RunnerService.Load:output_type -> mlxrunner.v1.LoadResponse
+	14, // 72: mlxrunner.v1.RunnerService.Estimate:output_type -> mlxrunner.v1.EstimateResponse
+	16, // 73: mlxrunner.v1.RunnerService.Trim:output_type -> mlxrunner.v1.TrimResponse
+	18, // 74: mlxrunner.v1.RunnerService.Unload:output_type -> mlxrunner.v1.UnloadResponse
+	20, // 75: mlxrunner.v1.RunnerService.Status:output_type -> mlxrunner.v1.StatusResponse
+	22, // 76: mlxrunner.v1.RunnerService.WatchStatus:output_type -> mlxrunner.v1.WatchStatusResponse
+	31, // 77: mlxrunner.v1.RunnerService.Completion:output_type -> mlxrunner.v1.CompletionResponse
+	36, // 78: mlxrunner.v1.RunnerService.Abort:output_type -> mlxrunner.v1.AbortResponse
+	38, // 79: mlxrunner.v1.RunnerService.Drain:output_type -> mlxrunner.v1.DrainResponse
+	40, // 80: mlxrunner.v1.RunnerService.Tokenize:output_type -> mlxrunner.v1.TokenizeResponse
+	42, // 81: mlxrunner.v1.RunnerService.Detokenize:output_type -> mlxrunner.v1.DetokenizeResponse
+	48, // 82: mlxrunner.v1.RunnerService.RenderChat:output_type -> mlxrunner.v1.RenderChatResponse
+	50, // 83: mlxrunner.v1.RunnerService.Chat:output_type -> mlxrunner.v1.ChatResponse
+	53, // 84: mlxrunner.v1.RunnerService.Embed:output_type -> mlxrunner.v1.EmbedResponse
+	71, // [71:85] is the sub-list for method output_type
+	57, // [57:71] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_mlxrunner_v1_runner_proto_init() }
@@ -5782,29 +5914,29 @@ func file_mlxrunner_v1_runner_proto_init() {
 		return
 	}
 	file_mlxrunner_v1_runner_proto_msgTypes[0].OneofWrappers = []any{}
-	file_mlxrunner_v1_runner_proto_msgTypes[4].OneofWrappers = []any{}
 	file_mlxrunner_v1_runner_proto_msgTypes[5].OneofWrappers = []any{}
-	file_mlxrunner_v1_runner_proto_msgTypes[7].OneofWrappers = []any{}
-	file_mlxrunner_v1_runner_proto_msgTypes[18].OneofWrappers = []any{
+	file_mlxrunner_v1_runner_proto_msgTypes[6].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[8].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[19].OneofWrappers = []any{
 		(*CompletionRequest_Prompt)(nil),
 		(*CompletionRequest_PromptTokenIds)(nil),
 	}
-	file_mlxrunner_v1_runner_proto_msgTypes[19].OneofWrappers = []any{
+	file_mlxrunner_v1_runner_proto_msgTypes[20].OneofWrappers = []any{
 		(*Constraint_JsonSchema)(nil),
 		(*Constraint_JsonObject)(nil),
 		(*Constraint_Regex)(nil),
 		(*Constraint_Lark)(nil),
 		(*Constraint_Choice)(nil),
 	}
-	file_mlxrunner_v1_runner_proto_msgTypes[22].OneofWrappers = []any{}
 	file_mlxrunner_v1_runner_proto_msgTypes[23].OneofWrappers = []any{}
-	file_mlxrunner_v1_runner_proto_msgTypes[35].OneofWrappers = []any{}
-	file_mlxrunner_v1_runner_proto_msgTypes[36].OneofWrappers = []any{
+	file_mlxrunner_v1_runner_proto_msgTypes[24].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[36].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[37].OneofWrappers = []any{
 		(*ContentPart_Text)(nil),
 	}
-	file_mlxrunner_v1_runner_proto_msgTypes[41].OneofWrappers = []any{}
 	file_mlxrunner_v1_runner_proto_msgTypes[42].OneofWrappers = []any{}
-	file_mlxrunner_v1_runner_proto_msgTypes[44].OneofWrappers = []any{
+	file_mlxrunner_v1_runner_proto_msgTypes[43].OneofWrappers = []any{}
+	file_mlxrunner_v1_runner_proto_msgTypes[45].OneofWrappers = []any{
 		(*EmbedInput_Text)(nil),
 		(*EmbedInput_TokenIds)(nil),
 	}
@@ -5814,7 +5946,7 @@ func file_mlxrunner_v1_runner_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mlxrunner_v1_runner_proto_rawDesc), len(file_mlxrunner_v1_runner_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   48,
+			NumMessages:   49,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

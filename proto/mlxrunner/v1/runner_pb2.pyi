@@ -438,6 +438,7 @@ class LoadRequest(_message.Message):
     MEMORY_OVERRIDE_FIELD_NUMBER: _builtins.int
     ALLOW_INEXACT_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    DRAFT_MODEL_FIELD_NUMBER: _builtins.int
     KV_BITS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A directory with a model (config.json, tokenizer, *.safetensors), as the
@@ -483,6 +484,14 @@ class LoadRequest(_message.Message):
     because a setting or a tensor would go unused, and lists the differences in
     `Model.warnings`. Otherwise such a model is refused. Default: false.
     """
+    draft_model: _builtins.str
+    """A small model with the same tokens, named as `model` is, whose guesses at the next
+    tokens of a completion that is alone are checked several at a time. It changes the
+    speed and not the text, and turns itself off where it does not pay. Its memory
+    counts against `memory_limit_bytes`. Refused by name if the tokens differ, if the
+    caches of either model cannot be cut back to an earlier token, and if several ranks
+    hold the model. At most 4,096 characters. Default: none.
+    """
     kv_bits: _builtins.int
     """Bits of each number in the KV caches of layers that keep every token: 4, 8,
     or 0 for the number format of the weights. Fewer bits hold more tokens in the
@@ -509,11 +518,12 @@ class LoadRequest(_message.Message):
         memory_override: _builtins.bool = ...,
         allow_inexact: _builtins.bool = ...,
         adapters: _abc.Iterable[Global___Adapter] | None = ...,
+        draft_model: _builtins.str = ...,
         kv_bits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "memory_limit_bytes", b"memory_limit_bytes", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "adapters", b"adapters", "allow_inexact", b"allow_inexact", "context_length", b"context_length", "dtype", b"dtype", "kv_bits", b"kv_bits", "memory_limit_bytes", b"memory_limit_bytes", "memory_override", b"memory_override", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "adapters", b"adapters", "allow_inexact", b"allow_inexact", "context_length", b"context_length", "draft_model", b"draft_model", "dtype", b"dtype", "kv_bits", b"kv_bits", "memory_limit_bytes", b"memory_limit_bytes", "memory_override", b"memory_override", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__context_length: _TypeAlias = _typing.Literal["context_length"]  # noqa: Y015
     _WhichOneofArgType__context_length: _TypeAlias = _typing.Literal["_context_length", b"_context_length"]  # noqa: Y015
@@ -616,6 +626,7 @@ class Model(_message.Message):
     WARNINGS_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    DRAFT_MODEL_FIELD_NUMBER: _builtins.int
     KV_BITS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """A short name: the directory's name, or the hub id."""
@@ -663,6 +674,10 @@ class Model(_message.Message):
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
         """The adapters that requests may select."""
 
+    @_builtins.property
+    def draft_model(self) -> Global___DraftModel:
+        """The model that guesses its next tokens. Unset if there is none."""
+
     def __init__(
         self,
         *,
@@ -679,15 +694,54 @@ class Model(_message.Message):
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         capabilities: Global___Capabilities | None = ...,
         adapters: _abc.Iterable[Global___Adapter] | None = ...,
+        draft_model: Global___DraftModel | None = ...,
         kv_bits: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "draft_model", b"draft_model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "architecture", b"architecture", "capabilities", b"capabilities", "context_length", b"context_length", "dtype", b"dtype", "dtype_fallback", b"dtype_fallback", "eos_token_ids", b"eos_token_ids", "kv_bits", b"kv_bits", "name", b"name", "path", b"path", "quantization_bits", b"quantization_bits", "vocab_size", b"vocab_size", "warnings", b"warnings", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "architecture", b"architecture", "capabilities", b"capabilities", "context_length", b"context_length", "draft_model", b"draft_model", "dtype", b"dtype", "dtype_fallback", b"dtype_fallback", "eos_token_ids", b"eos_token_ids", "kv_bits", b"kv_bits", "name", b"name", "path", b"path", "quantization_bits", b"quantization_bits", "vocab_size", b"vocab_size", "warnings", b"warnings", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class DraftModel(_message.Message):
+    """A loaded draft model; see `LoadRequest.draft_model`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    ARCHITECTURE_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A short name: the directory's name."""
+    path: _builtins.str
+    """The directory it was read from."""
+    architecture: _builtins.str
+    """`model_type` of its config.json."""
+    weight_bytes: _builtins.int
+    """The memory that the weights take, in bytes, beside `Model.weight_bytes`."""
+    context_length: _builtins.int
+    """The longest sequence for which it guesses tokens, in tokens."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        path: _builtins.str = ...,
+        architecture: _builtins.str = ...,
+        weight_bytes: _builtins.int = ...,
+        context_length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "name", b"name", "path", b"path", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DraftModel: _TypeAlias = DraftModel  # noqa: Y015
 
 @_typing.final
 class Capabilities(_message.Message):
@@ -889,6 +943,7 @@ class EstimateRequest(_message.Message):
     PREFIX_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     ALLOW_INEXACT_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    DRAFT_MODEL_FIELD_NUMBER: _builtins.int
     KV_BITS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model, as `LoadRequest.model`. Required."""
@@ -904,6 +959,8 @@ class EstimateRequest(_message.Message):
     """Default: as in `LoadRequest`."""
     allow_inexact: _builtins.bool
     """Default: false."""
+    draft_model: _builtins.str
+    """Default: none. Counted with the parts of the model."""
     kv_bits: _builtins.int
     """Default: 0."""
     @_builtins.property
@@ -921,11 +978,12 @@ class EstimateRequest(_message.Message):
         prefix_cache_bytes: _builtins.int | None = ...,
         allow_inexact: _builtins.bool = ...,
         adapters: _abc.Iterable[Global___Adapter] | None = ...,
+        draft_model: _builtins.str = ...,
         kv_bits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "context_length", b"context_length", "memory_limit_bytes", b"memory_limit_bytes", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "adapters", b"adapters", "allow_inexact", b"allow_inexact", "context_length", b"context_length", "dtype", b"dtype", "kv_bits", b"kv_bits", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_memory_limit_bytes", b"_memory_limit_bytes", "_parallel", b"_parallel", "_prefix_cache_bytes", b"_prefix_cache_bytes", "adapters", b"adapters", "allow_inexact", b"allow_inexact", "context_length", b"context_length", "draft_model", b"draft_model", "dtype", b"dtype", "kv_bits", b"kv_bits", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "parallel", b"parallel", "prefix_cache_bytes", b"prefix_cache_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__context_length: _TypeAlias = _typing.Literal["context_length"]  # noqa: Y015
     _WhichOneofArgType__context_length: _TypeAlias = _typing.Literal["_context_length", b"_context_length"]  # noqa: Y015
@@ -1987,7 +2045,8 @@ class CompletionResponse(_message.Message):
     without a constraint.
     """
     drafted_count: _builtins.int
-    """Tokens drafted for a text that repeats itself, each step checking several. Drafts
+    """Tokens drafted, because the text repeats itself or by `LoadRequest.draft_model`, each
+    step checking several. Drafts
     change the speed only: a token that differs from the one drawn is dropped.
     """
     draft_accepted_count: _builtins.int

@@ -5,25 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from runner_server.engine.speculation.pace import (
+    CREDIT_PER_TOKEN,
+    FEWEST,
+    FIRST_CREDIT,
+    MOST_CREDIT,
+    Credit,
+    DraftCost,
+    Pace,
+)
 from runner_server.engine.speculation.prompt_lookup import PromptLookup
-
-_FIRST_CREDIT = 1.0
-_CREDIT_PER_TOKEN = 0.01
-_MOST_CREDIT = 8.0
-
-_FEWEST = 2
-"""Fewest tokens worth a draft, whose step is not launched before the last one has ended."""
-
-_FIRST_COST = 0.5
-"""Cost of a drafted token before any is measured, in steps: the first draft has two tokens."""
-
-_LEAST_COST, _MOST_COST = 1 / 64, _MOST_CREDIT / _FEWEST
-"""Bounds of the cost of a drafted token, in steps. The upper one is that of a draft which takes all
-credit: with more, after a draft that was held up (by a suspended machine, for example), no row
-would ever draft again, and so never find out that the cost is lower."""
-
-_DECAY = 0.8
-"""Weight of the past in the measured durations."""
 
 
 @dataclass
@@ -33,48 +24,18 @@ class _Row:
     Attributes:
         lookup: The text of the row.
         max_length: Most tokens in the sequence, prompt included.
-        credit: What drafts may lose from now on, in steps.
+        credit: What drafts may lose.
     """
 
     lookup: PromptLookup
     max_length: int
-    credit: float = _FIRST_CREDIT
+    credit: Credit = field(default_factory=lambda: Credit(FIRST_CREDIT, MOST_CREDIT))
 
     def limit(self, cost: float) -> int:
         """Return the most tokens to draft now, if each costs ``cost`` steps."""
         # The step draws one token more than it checks.
         left = self.max_length - len(self.lookup) - 1
-        return max(0, min(left, int(self.credit / cost)))
-
-
-@dataclass
-class _Pace:
-    """Durations of the steps of a row alone, in which older ones weigh less.
-
-    Attributes:
-        seconds: Duration of the steps without a draft.
-        tokens: Tokens that they have yielded.
-        cost: Duration that a drafted token adds to a step, in steps.
-    """
-
-    seconds: float = 0.0
-    tokens: float = 0.0
-    cost: float = _FIRST_COST
-
-    @property
-    def step_seconds(self) -> float | None:
-        """Duration of a step without a draft; None before the first two."""
-        return self.seconds / self.tokens if self.tokens > 1 else None
-
-    def add_step(self, seconds: float, tokens: int) -> None:
-        """Record a step without a draft, and the tokens of the step before."""
-        self.seconds = _DECAY * self.seconds + seconds
-        self.tokens = _DECAY * self.tokens + tokens
-
-    def add_draft(self, drafted: int, steps: float) -> None:
-        """Record a step with a draft, which took as long as ``steps`` others."""
-        cost = min(max((steps - 1) / drafted, _LEAST_COST), _MOST_COST)
-        self.cost = _DECAY * self.cost + (1 - _DECAY) * cost
+        return max(0, min(left, int(self.credit.steps / cost)))
 
 
 @dataclass
@@ -93,11 +54,13 @@ class Drafting:
 
     Attributes:
         most: Most tokens of a draft; 0 drafts none.
+        pace: Durations of the steps without a draft.
     """
 
     most: int = 0
+    pace: Pace = field(default_factory=Pace)
     _rows: dict[int, _Row] = field(default_factory=dict)
-    _pace: _Pace = field(default_factory=_Pace)
+    _cost: DraftCost = field(default_factory=DraftCost)
 
     def add(self, row: int, prompt_ids: Sequence[int], max_tokens: int) -> None:
         """Add a row whose tokens may be drafted.
@@ -117,10 +80,10 @@ class Drafting:
     def draft(self, row: int) -> tuple[int, ...]:
         """Return the draft for a row's next step; empty if a draft is unlikely to save time."""
         known = self._rows.get(row)
-        if known is None or self._pace.step_seconds is None:
+        if known is None or self.pace.step_seconds is None:
             return ()
-        limit = min(self.most, known.limit(self._pace.cost))
-        if limit < _FEWEST:
+        limit = min(self.most, known.limit(self._cost.steps))
+        if limit < FEWEST:
             return ()
         matched, ids = known.lookup.continuation(limit)
         return ids[:matched]
@@ -130,7 +93,7 @@ class Drafting:
         for row, ids in tokens.items():
             if known := self._rows.get(row):
                 known.lookup.extend(ids)
-                known.credit = min(_MOST_CREDIT, known.credit + _CREDIT_PER_TOKEN * len(ids))
+                known.credit.add(CREDIT_PER_TOKEN * len(ids))
 
     def record_alone(self, row: int, drafted: int, yielded: int, seconds: float) -> None:
         """Record the duration of a step with one row in the batch.
@@ -142,7 +105,7 @@ class Drafting:
             seconds: Duration of the step.
         """
         if not drafted:
-            self._pace.add_step(seconds, yielded)
-        elif (step := self._pace.step_seconds) and (known := self._rows.get(row)):
-            self._pace.add_draft(drafted, seconds / step)
-            known.credit = min(_MOST_CREDIT, known.credit + yielded - seconds / step)
+            self.pace.add_step(seconds, yielded)
+        elif (step := self.pace.step_seconds) and (known := self._rows.get(row)):
+            self._cost.add(drafted, seconds / step)
+            known.credit.add(yielded - seconds / step)

@@ -36,12 +36,12 @@ from runner_server.host.heap import trim_heap
 from runner_server.host.model_root import ModelRoot
 from runner_server.mlx_backend.blas_threads import fit_threads
 from runner_server.mlx_backend.loading.building import Built, before_weights, build, read_directory
+from runner_server.mlx_backend.loading.draft_model import DraftFiles, PlannedDraft
 from runner_server.mlx_backend.loading.finding import NamedAdapter, find_adapters, find_model
 from runner_server.mlx_backend.loading.mlx_model import MlxModel
 from runner_server.mlx_backend.loading.model_digest import DigestedFiles
 from runner_server.mlx_backend.loading.prefix_disk import PrefixDisk
-from runner_server.mlx_backend.loading.reading import read_weights
-from runner_server.mlx_backend.loading.weight_files import WeightFiles
+from runner_server.mlx_backend.loading.reading import read_files
 from runner_server.mlx_backend.planning.measure import arrays, device_kind, measure, weight_bytes
 from runner_server.mlx_backend.planning.plan import (
     Plan,
@@ -89,19 +89,27 @@ def load(
         prefix_disk = PrefixDisk(disk, directory) if disk else None
         with before_weights(directory.path):
             codec, eos_token_ids = _read_tokenizer(directory)
+            draft_files = _find_draft(spec, root, codec)
             report(3)
             transit_tokens = BUFFERED_TOKENS if disk else 0
-            plan = _plan_and_admit(directory, spec, shard, admission, transit_tokens)
+            plan = _plan_and_admit(directory, draft_files, spec, shard, admission, transit_tokens)
             # Build it again, because some models keep arrays of their last run, here unevaluated.
             built = build(directory, replace(spec, dtype=plan.dtype), shard)
+            draft = PlannedDraft.of(draft_files, built).rebuilt() if draft_files else None
         report(5)
-        plan = _read(directory.path, built, plan, shard, report)
+        share = _share(built, draft)
+        plan = _read(directory.path, built, plan, shard, report, share)
         info = _describe(spec, located, built, plan, eos_token_ids)
         info = replace(info, chat=_read_chat_format(directory, codec))
         info = replace(info, completes=directory.configuration.has_output_layer)
         info = replace(info, adapters=adapters.describe(lambda: report(95)))
         model = MlxModel(built.model, codec, info, plan, shard, directory, built.adapters)
+        if draft:
+            draft_model = draft.read(_part(report, share, 1), info.vocab_size)
+            model.use_draft_model(draft_model, draft.info)
         _try(model, plan)
+        if draft:
+            model.require_drafts()
         report(99)
         if prefix_disk:
             # Last, because a fault after it would leave the threads of the disk behind.
@@ -163,8 +171,8 @@ def plan_load(path: Path, spec: LoadSpec) -> Plan:
     directory = read_directory(Located(path))
     with before_weights(directory.path):
         # Read before planning, because a transformers import adds to the process's memory.
-        _read_tokenizer(directory)
-        return _plan_and_admit(directory, spec, None, UNCHECKED)
+        codec, _ = _read_tokenizer(directory)
+        return _plan_and_admit(directory, _find_draft(spec, None, codec), spec, None, UNCHECKED)
 
 
 def check_files(spec: LoadSpec, root: ModelRoot | None = None) -> None:
@@ -173,6 +181,18 @@ def check_files(spec: LoadSpec, root: ModelRoot | None = None) -> None:
     find_adapters(spec.adapters, root)
     if spec.context_length is not None:
         require_context(spec.context_length, directory.configuration.context_length)
+    DraftFiles.find(spec, root)
+
+
+def _find_draft(spec: LoadSpec, root: ModelRoot | None, codec: FastCodec) -> DraftFiles | None:
+    """Return the files of the draft model, which has the tokens of a codec; None without one."""
+    files = DraftFiles.find(spec, root)
+    if files:
+        with _named_in_faults(files.directory.path):
+            files.require_tokens_of(codec)
+        # As after the tokenizer of the model.
+        trim_heap()
+    return files
 
 
 @contextmanager
@@ -204,6 +224,7 @@ def _read_chat_format(directory: ModelDirectory, codec: FastCodec) -> ChatFormat
 
 def _plan_and_admit(
     directory: ModelDirectory,
+    draft: DraftFiles | None,
     spec: LoadSpec,
     shard: Shard | None,
     admission: Admission,
@@ -217,18 +238,22 @@ def _plan_and_admit(
     *preferred, last = (replace(spec, dtype=dtype) for dtype in formats(spec.dtype, device_kind()))
     for choice in preferred:
         try:
-            plan = _build_and_plan(directory, choice, shard, transit_tokens)
+            plan = _build_and_plan(directory, draft, choice, shard, transit_tokens)
             return _admit(plan, directory, spec, admission)
         except InsufficientMemory as fault:
             logger.warning(
                 "%s; %s is loaded as it is stored, which is slow on a CPU", fault, directory.path
             )
-    plan = _build_and_plan(directory, last, shard, transit_tokens)
+    plan = _build_and_plan(directory, draft, last, shard, transit_tokens)
     return _admit(plan, directory, spec, admission)
 
 
 def _build_and_plan(
-    directory: ModelDirectory, spec: LoadSpec, shard: Shard | None, transit_tokens: int
+    directory: ModelDirectory,
+    draft_files: DraftFiles | None,
+    spec: LoadSpec,
+    shard: Shard | None,
+    transit_tokens: int,
 ) -> Plan:
     """Plan a load in one dtype, for one request at a time if the model does not support batches.
 
@@ -236,19 +261,24 @@ def _build_and_plan(
         InsufficientMemory: ``memory_limit_bytes`` is too small for one sequence.
     """
     built = build(directory, spec, shard)
+    draft = PlannedDraft.of(draft_files, built).plan if draft_files else None
     try:
-        return _plan(directory, built, built.spec, transit_tokens)
+        plan = _plan(directory, built, built.spec, transit_tokens, draft)
     except RowsApartError as why:
         warning = alone_warning(directory.configuration.model_type, str(why))
-    plan = _plan(directory, built, replace(built.spec, parallel=1), transit_tokens)
-    return replace(plan, warnings=(*plan.warnings, warning))
+        plan = _plan(directory, built, replace(built.spec, parallel=1), transit_tokens, draft)
+        plan = replace(plan, warnings=(*plan.warnings, warning))
+    return plan.with_draft(draft) if draft else plan
 
 
-def _plan(directory: ModelDirectory, built: Built, spec: LoadSpec, transit_tokens: int) -> Plan:
+def _plan(
+    directory: ModelDirectory, built: Built, spec: LoadSpec, transit_tokens: int, draft: Plan | None
+) -> Plan:
     with built.adapters.any_mixture():
         sizes = measure(built.model, directory, built.context_length, spec.parallel)
     longest = directory.configuration.context_length
-    return make_plan(spec, sizes, longest, built.warnings, transit_tokens)
+    draft_bytes = draft.need.mlx_bytes if draft else 0
+    return make_plan(spec, sizes, longest, built.warnings, transit_tokens, draft_bytes)
 
 
 def _admit(plan: Plan, directory: ModelDirectory, spec: LoadSpec, admission: Admission) -> Plan:
@@ -261,30 +291,37 @@ def _admit(plan: Plan, directory: ModelDirectory, spec: LoadSpec, admission: Adm
     return plan.within(granted)
 
 
-def _read(path: Path, built: Built, plan: Plan, shard: Shard | None, report: Report) -> Plan:
-    """Read the weights, on all ranks; return the plan with the smallest KV budget of any rank."""
+def _share(target: Built, draft: PlannedDraft | None) -> float:
+    """Return the target's share of all weights."""
+    own = weight_bytes(target.model)
+    return own / (own + weight_bytes(draft.built.model)) if draft else 1.0
+
+
+def _part(report: Report, begin: float, end: float) -> Callable[[float], None]:
+    """Return a reporter of the progress within a part of the weights, 0 to 1."""
+    return lambda share: report(5 + int(90 * (begin + (end - begin) * share)))
+
+
+def _read(
+    path: Path, built: Built, plan: Plan, shard: Shard | None, report: Report, share: float
+) -> Plan:
+    """Read the weights, on all ranks; return the plan with the smallest KV budget of any rank.
+
+    Args:
+        path: The model's directory.
+        built: The model.
+        plan: The plan of the load.
+        shard: Selects this rank's part of the model; None for the whole model.
+        report: Called with the progress, 0 to 100.
+        share: Share of all weights that are read here.
+    """
     if shard:
         shard.partners.begin_load(plan.settled(built.spec))
-    _read_files(path, built.model, report)
+    read_files(path, built.model, _part(report, 0, share))
     if shard:
         plan = plan.with_share(shard.partners.finish_load(report, plan.share))
     fit_threads(arrays(built.model))
     return plan
-
-
-def _read_files(path: Path, model: Module, report: Report) -> None:
-    files = WeightFiles.of(model)
-    try:
-        read_weights(arrays(model), lambda share: report(5 + int(90 * share)), files)
-    except ModelUnsupported as fault:
-        if fault.metadata:
-            raise
-        # MLX's error does not name the file.
-        text = f"{fault}; the files of {path} were changed while they were read"
-        raise ModelUnsupported(text, model=str(path)) from fault
-    # Arrays that are not parameters, such as the frequencies of rotary embeddings.
-    mx.eval([list(module.values()) for _, module in model.named_modules()])
-    files.check()
 
 
 def _try(model: MlxModel, plan: Plan) -> None:

@@ -21,15 +21,17 @@ from runner_server.engine.prefix_disk import (
     DiskCounters,
     DiskTier,
 )
-from runner_server.engine.types import ModelInfo
+from runner_server.engine.speculation.pace import FEWEST
+from runner_server.engine.types import DraftInfo, ModelInfo
+from runner_server.errors import InvalidField
 from runner_server.mlx_backend.adapters.selection import NO_ADAPTERS, Attached
 from runner_server.mlx_backend.adapters.trial import require_finite, try_mixed
+from runner_server.mlx_backend.batch_budget import BatchBudget
 from runner_server.mlx_backend.cache.blocks import BlockCodec
 from runner_server.mlx_backend.cache.row_caches import CachePieces
 from runner_server.mlx_backend.constraints.grammars import GrammarCache
 from runner_server.mlx_backend.embedding.trial import TextTrial, try_texts
 from runner_server.mlx_backend.executor import (
-    BatchBudget,
     MlxDiskTier,
     MlxExecutor,
     MlxPrefixCache,
@@ -41,6 +43,7 @@ from runner_server.mlx_backend.loading.trial import warm_up
 from runner_server.mlx_backend.model.kv_bits import refusal
 from runner_server.mlx_backend.planning.measure import PREFILL_CHUNK, ROWS_TOGETHER, device_kind
 from runner_server.mlx_backend.planning.plan import Plan, alone_warning
+from runner_server.mlx_backend.speculation.proposer import DraftModel
 from runner_server.mlx_backend.stream_errors import recover
 from runner_server.mlx_backend.tokenizer.codec import FastCodec
 
@@ -93,6 +96,7 @@ class MlxModel:
         self.info = replace(info, takes_constraints=not self.grammars.problem)
         self._directory = directory
         self._texts = TextTrial(problem="the model has not been tried yet")
+        self._draft_model: DraftModel | None = None
 
     @property
     def kv_bytes(self) -> Callable[[int], int]:
@@ -118,6 +122,19 @@ class MlxModel:
         left = self.info.prefix_cache_bytes - BUFFERED_BLOCKS * codec.block_bytes
         self.info = replace(self.info, prefix_cache_bytes=left)
         self.limit_prefix_cache(left)
+
+    def use_draft_model(self, draft_model: DraftModel, info: DraftInfo) -> None:
+        """Let a draft model propose tokens from now on."""
+        self._draft_model = draft_model
+        self.info = replace(self.info, draft=info)
+
+    def require_drafts(self) -> None:
+        """Raise :class:`InvalidField` if the model checks no drafts of its draft model."""
+        if self.max_draft < FEWEST:
+            text = "this model checks no drafts: the runner's log says why"
+            if self._takes_drafts:
+                text = "the working memory of this load has no room for drafts"
+            raise InvalidField([("draft_model", text)])
 
     def warn(self, warning: str) -> None:
         """Add a warning to the description."""
@@ -248,6 +265,7 @@ class MlxModel:
             disk=disk,
             texts=self._texts.model,
             adapters=self._adapters,
+            draft_model=self._draft_model,
         )
 
     @property

@@ -6,13 +6,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
+from pathlib import Path
 
 import mlx.core as mx
+from mlx.nn.layers.base import Module
 
 from runner_common.host_memory.free import free_memory
 from runner_common.units import format_bytes
 from runner_server.errors import InsufficientMemory, ModelUnsupported, RunnerFault
 from runner_server.mlx_backend.loading.weight_files import WeightFiles
+from runner_server.mlx_backend.planning.measure import arrays
 from runner_server.mlx_backend.stream_errors import drain
 
 _AT_ONCE_BYTES = 32 * 2**20
@@ -60,6 +63,32 @@ class _Progress:
         reached = self._done_bytes + min(self._read_bytes, self._begun_bytes)
         self._share = max(self._share, reached / self._total_bytes)
         self._report(self._share)
+
+
+def read_files(path: Path, model: Module, report: Callable[[float], None]) -> None:
+    """Read the weights of a model.
+
+    Args:
+        path: The model's directory.
+        model: The model, with lazy weights.
+        report: See :func:`read_weights`.
+
+    Raises:
+        InsufficientMemory: Memory ran out.
+        ModelUnsupported: A file cannot be read, or was changed.
+    """
+    files = WeightFiles.of(model)
+    try:
+        read_weights(arrays(model), report, files)
+    except ModelUnsupported as fault:
+        if fault.metadata:
+            raise
+        # MLX's error does not name the file.
+        text = f"{fault}; the files of {path} were changed while they were read"
+        raise ModelUnsupported(text, model=str(path)) from fault
+    # Arrays that are not parameters, such as the frequencies of rotary embeddings.
+    mx.eval([list(module.values()) for _, module in model.named_modules()])
+    files.check()
 
 
 def read_weights(

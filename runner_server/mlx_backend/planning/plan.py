@@ -123,6 +123,19 @@ class Plan:
         kept = min(self.need.prefix_cache_bytes, rest)
         return replace(self, need=replace(self.need, prefix_cache_bytes=kept))
 
+    def with_draft(self, draft: Plan) -> Plan:
+        """Return a plan that includes the memory of a draft model."""
+        own, other = self.need, draft.need
+        need = replace(
+            own,
+            weight_bytes=own.weight_bytes + other.weight_bytes,
+            kv_bytes=own.kv_bytes + other.kv_bytes,
+            # The two models run one after the other.
+            working_bytes=max(own.working_bytes, other.working_bytes),
+            load_transient_bytes=max(own.load_transient_bytes, other.load_transient_bytes),
+        )
+        return replace(self, need=need)
+
     def settled(self, spec: LoadSpec) -> LoadSpec:
         """Return the load with this plan's decisions in place of every automatic choice."""
         return replace(
@@ -191,6 +204,7 @@ def make_plan(
     max_context_length: int,
     warnings: tuple[str, ...] = (),
     transit_tokens: int = 0,
+    draft_bytes: int = 0,
 ) -> Plan:
     """Plan a load.
 
@@ -200,13 +214,15 @@ def make_plan(
         max_context_length: The longest sequence that the model supports, in tokens.
         warnings: Differences between the model's answers and the specification in its files.
         transit_tokens: Tokens on their way to or from disk, which are part of the prefix cache.
+        draft_bytes: Memory of a draft model, which ``memory_limit_bytes`` includes.
 
     Raises:
         InsufficientMemory: ``memory_limit_bytes`` is too small for one sequence.
     """
     # Cached, because each call traces a decode step.
     decode_bytes = cache(sizes.decode_bytes)
-    budget = _Budget(spec, replace(sizes, decode_bytes=decode_bytes), transit_tokens)
+    sizes = replace(sizes, decode_bytes=decode_bytes)
+    budget = _Budget(spec, sizes, transit_tokens, draft_bytes)
     rows = budget.rows_that_fit()
     parallel = budget.parallel_that_fits(rows)
     kv = budget.kv(rows, parallel)
@@ -256,6 +272,7 @@ class _Budget:
     spec: LoadSpec
     sizes: ModelSizes
     transit_tokens: int = 0
+    draft_bytes: int = 0
 
     def working(self, rows: int, parallel: int) -> tuple[int, int]:
         """Return the working memory, and the part for freed buffers kept by MLX.
@@ -334,18 +351,21 @@ class _Budget:
     @property
     def _room(self) -> int:
         limit = self.spec.memory_limit_bytes or 0
-        return limit - self.sizes.weight_bytes - (self.spec.prefix_cache_bytes or 0)
+        kept = (self.spec.prefix_cache_bytes or 0) + self.draft_bytes
+        return limit - self.sizes.weight_bytes - kept
 
     def _too_large(self) -> InsufficientMemory:
         limit, kept = self.spec.memory_limit_bytes or 0, self.spec.prefix_cache_bytes or 0
         weights, row, working = self.sizes.weight_bytes, self.sizes.row_bytes, self.working(1, 1)[0]
-        need = weights + row + working + kept
+        need = weights + row + working + kept + self.draft_bytes
         parts = (
             f"{format_bytes(weights)} weights, {format_bytes(row)} KV cache "
             f"for {self.sizes.context_length} tokens, {format_bytes(working)} working memory"
         )
         if kept:
             parts += f", {format_bytes(kept)} prefix cache"
+        if self.draft_bytes:
+            parts += f", {format_bytes(self.draft_bytes)} draft model"
         return InsufficientMemory(
             f"the model needs {format_bytes(need)} ({parts}) and memory_limit_bytes is "
             f"{format_bytes(limit)}; raise it, or load with a smaller context_length, dtype or "

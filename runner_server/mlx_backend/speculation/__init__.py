@@ -1,0 +1,1 @@
+"""Proposal of drafts by a draft model, and the drawing of tokens to check them."""
