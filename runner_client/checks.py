@@ -101,7 +101,7 @@ def check_text(field: str, value: object, form: str = "text (str)") -> None:
         refuse_type(field, value, form)
 
 
-def check_model(value: object) -> None:
+def check_model(value: object, field: str = "model") -> None:
     """Require the name of a model as a string.
 
     Raises:
@@ -109,8 +109,8 @@ def check_model(value: object) -> None:
     """
     form = "the path of a directory or a hub id, as text (str)"
     if hasattr(value, "__fspath__"):
-        refuse_type("model", value, form, value.__fspath__())
-    check_text("model", value, form)
+        refuse_type(field, value, form, value.__fspath__())
+    check_text(field, value, form)
 
 
 def check_names(field: str, value: object) -> None:

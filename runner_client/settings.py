@@ -12,6 +12,7 @@ from runner_client.checks import (
     check_flag,
     check_integer,
     check_kind,
+    check_model,
     check_names,
     check_number,
 )
@@ -50,6 +51,7 @@ class LoadKeywords(TypedDict, total=False):
     allow_inexact: bool
     kv_bits: int
     adapters: Mapping[str, str]
+    draft_model: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,10 @@ class LoadOptions:
     adapters: Mapping[str, str] = field(default_factory=dict)
     """LoRA and DoRA adapters to load with the model: directories on the runner's machine, by the
     names for ``adapter`` of requests. Default: none."""
+    draft_model: str | None = None
+    """A small model with the same tokens, named like the model, whose guesses at the next tokens of
+    a completion that is alone are checked several at a time. It changes the speed and not the text,
+    and turns itself off where it does not pay. Its memory counts."""
 
     def __post_init__(self) -> None:
         check_integer("context_length", self.context_length, MIN_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH)
@@ -97,6 +103,8 @@ class LoadOptions:
         check_integer("kv_bits", self.kv_bits)
         check_choice("kv_bits", self.kv_bits, KV_BITS)
         check_names("adapters", self.adapters)
+        if self.draft_model is not None:
+            check_model(self.draft_model, "draft_model")
 
     @classmethod
     def of(cls, options: LoadOptions | None, keywords: LoadKeywords) -> LoadOptions:

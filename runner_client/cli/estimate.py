@@ -34,7 +34,9 @@ _LIMITS = {"system": "the system", "cgroup": "the control group", "device": "the
     epilog=EXIT_CODES,
 )
 @click.argument("model")
-@load_options("context_length", "parallel", "dtype", "allow_inexact", "kv_bits", "adapters")
+@load_options(
+    "context_length", "parallel", "dtype", "allow_inexact", "kv_bits", "adapters", "draft_model"
+)
 @click.option(
     "--backend",
     type=click.Choice(get_args(Backend)),

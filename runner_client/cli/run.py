@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _LOAD_OPTIONS = (
     *("context_length", "dtype", "prefix_cache_bytes"),
-    *("memory_override", "allow_inexact", "kv_bits"),
+    *("memory_override", "allow_inexact", "kv_bits", "draft_model"),
 )
 
 

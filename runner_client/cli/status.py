@@ -15,7 +15,7 @@ from runner_client.cli.shared.access import (
 )
 from runner_client.cli.shared.errors import EXIT_CODES
 from runner_client.cli.shared.options import json_option
-from runner_client.cli.shared.output import Row, print_json, print_rows
+from runner_client.cli.shared.output import Row, draft_model_rows, print_json, print_rows
 from runner_common.units import format_bytes
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def status_rows(status: Status) -> list[Row]:
     rows = [("state", _state(status))]
     if status.model is not None:
         rows += [("model", _model(status.model)), ("context", _context(status))]
+        rows += draft_model_rows(status.model)
         rows += [("requests", text) for text in _requests(status.model.capabilities)]
     rows.append(("work", _work(status)))
     if status.kv_token_capacity:

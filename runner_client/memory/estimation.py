@@ -58,9 +58,9 @@ class MemoryEstimate:
         model_context_length: The model's own limit, in tokens.
         parallel: The assumed number of sequences.
         file_bytes: The tensors as stored; for comparison, not part of the need.
-        weight_bytes: The weights as held after the load.
+        weight_bytes: The weights as held after the load, with those of a draft model.
         kv_bytes: KV caches and recurrent states of ``parallel`` sequences of
-            ``context_length`` tokens.
+            ``context_length`` tokens, and of one sequence of a draft model.
         working_bytes: Working memory: arrays of a prefill chunk or a decode step, the copy of a
             layer's cache while it grows, and the buffers that MLX keeps for reuse.
         process_bytes: Interpreter, libraries, tokenizer and heap.
@@ -165,7 +165,8 @@ def estimate(
     installed = installed_backend()
     backend = backend or installed
     check_choice("backend", backend, get_args(Backend))
-    request = _need_request(str(located.path), load, backend)
+    draft_path = str(find_model(load.draft_model, environ).path) if load.draft_model else ""
+    request = _need_request(str(located.path), draft_path, load, backend)
     is_installed = installed == backend
     if is_installed:
         environ = child_environment(environ, backend=backend, blas=blas)
@@ -204,7 +205,7 @@ def estimate_bare() -> MemoryEstimate:
     )
 
 
-def _need_request(path: str, load: LoadOptions, backend: Backend) -> NeedRequest:
+def _need_request(path: str, draft_path: str, load: LoadOptions, backend: Backend) -> NeedRequest:
     return NeedRequest(
         path=path,
         context_length=load.context_length,
@@ -215,6 +216,7 @@ def _need_request(path: str, load: LoadOptions, backend: Backend) -> NeedRequest
         allow_inexact=load.allow_inexact,
         kv_bits=load.kv_bits,
         adapters=tuple(load.adapters.items()),
+        draft_path=draft_path,
     )
 
 

@@ -8,8 +8,8 @@ guess: recurrent states, windows and latent caches of many architectures, the ar
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from runner_client.errors import InvalidRequestError
 from runner_client.memory.header_kv import kv_layers
@@ -17,10 +17,7 @@ from runner_client.memory.header_weights import hosted_tensors, weigh
 from runner_client.memory.model import read_adapter_files, read_model
 from runner_common.contract import DEFAULT_CONTEXT_LENGTH
 from runner_common.memory.need import MemoryNeed
-from runner_common.memory.need_query import NeedAnswer
-
-if TYPE_CHECKING:
-    from runner_common.memory.need_query import NeedRequest
+from runner_common.memory.need_query import NeedAnswer, NeedRequest
 
 WORKING_SHARE = 0.05
 WORKING_MINIMUM_BYTES = 64 * 1024**2
@@ -39,12 +36,28 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def need_from_headers(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]]:
-    """Return the need, and notes on parts of unknown size.
+    """Return the need with that of a draft model, and notes on parts of unknown size.
 
     Raises:
         ModelUnsupportedError: The files are incomplete or damaged.
         InvalidRequestError: The context is longer than the model supports.
     """
+    answer, notes = _need_alone(request)
+    if not request.draft_path:
+        return answer, notes
+    draft, more = _need_alone(NeedRequest(request.draft_path, parallel=1, dtype=request.dtype))
+    own, other = answer.need, draft.need
+    need = replace(
+        own,
+        weight_bytes=own.weight_bytes + other.weight_bytes,
+        kv_bytes=own.kv_bytes + other.kv_bytes,
+        working_bytes=max(own.working_bytes, other.working_bytes),
+        load_transient_bytes=max(own.load_transient_bytes, other.load_transient_bytes),
+    )
+    return replace(answer, need=need), (*notes, *(f"draft model: {note}" for note in more))
+
+
+def _need_alone(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]]:
     directory = read_model(Path(request.path))
     config, longest = directory.configuration.values, directory.configuration.context_length
     tensors = hosted_tensors({name: s.tensor for name, s in directory.tensors.items()})

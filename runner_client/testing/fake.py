@@ -103,6 +103,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
     _load_began: float | None = None
     _is_stored: bool = False
     _kv_bits: int = 0
+    _draft_model: str = ""
     _calls: list[FakeCall] = field(default_factory=list)
 
     def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
@@ -122,6 +123,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
         self.model, self._is_stored = request.model, bool(need.notes)
         self._kv_bits = request.kv_bits
         self.adapters = {adapter.name: adapter.path for adapter in request.adapters}
+        self._draft_model = request.draft_model
         return pb.LoadResponse(model=self._model(self.model))
 
     def Estimate(
@@ -336,7 +338,7 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             dimension=self.embedding_dimension,
         )
         adapters = [pb.Adapter(name=key, path=path) for key, path in self.adapters.items()]
-        return pb.Model(
+        model = pb.Model(
             name=name,
             path=name,
             dtype_fallback=is_fallback,
@@ -344,6 +346,11 @@ class FakeRunner(runner_pb2_grpc.RunnerServiceServicer):
             kv_bits=self._kv_bits,
             adapters=adapters,
         )
+        if self._draft_model:
+            model.draft_model.MergeFrom(
+                pb.DraftModel(name=self._draft_model, path=self._draft_model)
+            )
+        return model
 
     def _receive(self, request: Message, context: grpc.ServicerContext) -> None:
         self.requests.append(request)

@@ -42,6 +42,7 @@ from runner_client.types.embeddings import Embedding
 from runner_client.types.runners import (
     Capabilities,
     DeviceInfo,
+    DraftModel,
     DrainResult,
     LoadEstimate,
     LoadResult,
@@ -63,6 +64,7 @@ __all__ = [
     "Constraint",
     "DeviceInfo",
     "DoneReason",
+    "DraftModel",
     "DrainResult",
     "Dtype",
     "Embedding",

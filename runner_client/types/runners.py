@@ -51,6 +51,22 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftModel:
+    """A loaded draft model."""
+
+    name: str
+    """The directory's name."""
+    path: str
+    """The directory on the server's machine."""
+    architecture: str
+    """``model_type`` of its config.json."""
+    weight_bytes: int
+    """Memory taken by the weights, beside ``Model.weight_bytes``."""
+    context_length: int
+    """The longest sequence for which it guesses tokens."""
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A loaded model."""
 
@@ -83,6 +99,8 @@ class Model:
     """Bits of a number in the KV caches; 0 if they are not quantized."""
     adapters: Mapping[str, str] = field(default_factory=dict)
     """The directories of the adapters that requests may select, by name."""
+    draft_model: DraftModel | None = None
+    """The model that guesses its next tokens; None if there is none."""
 
 
 @dataclass(frozen=True, slots=True)

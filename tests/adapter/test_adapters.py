@@ -36,7 +36,7 @@ from .conftest import Load
 mx: Any = pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 
 from runner_server.mlx_backend.adapters.selection import Selection  # noqa: E402
-from runner_server.mlx_backend.loading import loader  # noqa: E402
+from runner_server.mlx_backend.loading import loader, reading  # noqa: E402
 from runner_server.mlx_backend.loading.loader import plan_load  # noqa: E402
 
 PROMPT = random_prompt(40, 3)
@@ -442,7 +442,7 @@ def test_an_adapter_that_changes_during_the_load_is_refused(
         read_files(*arguments)
         (own / "adapters.safetensors").write_bytes(tensors)
 
-    read_files = loader.read_files
+    read_files = reading.read_files
     monkeypatch.setattr(loader, "read_files", read)
     with pytest.raises(ModelUnsupported, match=r"of the adapter 'own' in .* were changed during"):
         load(plain.path, adapters=specs({"own": own}))

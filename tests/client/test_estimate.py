@@ -52,6 +52,14 @@ def test_a_requested_prefix_cache_is_a_visible_part(tmp_path: Path) -> None:
     assert asked.parts == {**plain.parts, "prefix cache": 10**9}
 
 
+def test_a_draft_model_counts_once_for_all_sequences(tmp_path: Path) -> None:
+    need = estimate_of(tmp_path, prefix_cache_bytes=0)
+    path = str(tmp_path / "model")
+    drafted = estimate(path, backend="cpu", parallel=3, prefix_cache_bytes=0, draft_model=path)
+    assert drafted.weight_bytes == 2 * need.weight_bytes
+    assert drafted.kv_bytes == 4 * need.kv_bytes
+
+
 @pytest.mark.parametrize(("parallel", "sequences"), [(1, 1), (4, 1), (8, 2)])
 def test_a_default_prefix_cache_is_counted_but_not_required(
     tmp_path: Path, parallel: int, sequences: int

@@ -38,6 +38,7 @@ PUBLIC = [
     "CompletionStream",
     "DeviceInfo",
     "DoneReason",
+    "DraftModel",
     "DrainResult",
     "Embedding",
     "GateDecision",

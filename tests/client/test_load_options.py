@@ -35,6 +35,7 @@ FULL = LoadOptions(
     allow_inexact=True,
     kv_bits=8,
     adapters={"sql": "/adapters/sql", "fr": "/adapters/fr"},
+    draft_model="org/draft",
 )
 FIELDS = {
     **asdict(FULL),
@@ -65,6 +66,19 @@ def test_options_and_keywords_send_the_same_load(runner: FakeRunner) -> None:
         client.load("org/name", **asdict(FULL))
         client.load("org/name", options=replace(FULL, parallel=7), parallel=2)
     assert runner.requests == [REQUEST] * 3
+
+
+def test_a_loaded_draft_model_is_told(runner: FakeRunner) -> None:
+    with RunnerClient(runner.address) as client:
+        draft = client.load("org/name", draft_model="org/draft").model.draft_model
+        assert draft
+        assert draft.name == "org/draft"
+        assert client.load("org/name").model.draft_model is None
+
+
+def test_a_draft_model_is_named_by_text() -> None:
+    with pytest.raises(TypeError, match="draft_model"):
+        LoadOptions(draft_model=7)  # type: ignore[arg-type]
 
 
 async def test_options_and_keywords_send_the_same_estimate(runner: FakeRunner) -> None:

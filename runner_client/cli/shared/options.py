@@ -164,6 +164,9 @@ _LOAD = {
         metavar="NAME=DIR",
         help=_HELP["adapter"],
     ),
+    "draft_model": click.option(
+        "--draft-model", type=text, metavar="MODEL", help=_HELP["draft_model"]
+    ),
 }
 """Options of a load, by the fields of ``types.LoadOptions``."""
 

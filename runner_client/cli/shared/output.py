@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Self
 
 import click
 
+from runner_common.units import format_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType
@@ -50,9 +52,15 @@ def print_rows(rows: Iterable[Row], *, err: bool = False) -> None:
         click.echo(f"{name:<{width}}  {text}", err=err)
 
 
+def draft_model_rows(model: Model) -> list[Row]:
+    """Return a row about the draft model, if there is one."""
+    draft = model.draft_model
+    return [("draft model", f"{draft.name} ({format_bytes(draft.weight_bytes)})")] if draft else []
+
+
 def model_rows(model: Model) -> list[Row]:
     """Return the rows about a loaded model's format and warnings."""
-    rows = [("warning", text) for text in model.warnings]
+    rows = [*draft_model_rows(model), *(("warning", text) for text in model.warnings)]
     if not model.dtype_fallback:
         return rows
     return [("held", "as stored, which is slow on a CPU: not enough memory for float32"), *rows]

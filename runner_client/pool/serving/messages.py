@@ -152,6 +152,7 @@ def load_options(request: pb.LoadRequest | pb.EstimateRequest) -> LoadOptions:
         allow_inexact=request.allow_inexact,
         kv_bits=request.kv_bits,
         adapters=adapters,
+        draft_model=request.draft_model or None,
         **given,
     )
 

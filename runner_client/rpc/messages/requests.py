@@ -66,6 +66,7 @@ def load_request(model: str, options: LoadOptions) -> pb.LoadRequest:
             allow_inexact=options.allow_inexact,
             kv_bits=options.kv_bits,
             adapters=_adapters(options),
+            draft_model=options.draft_model or "",
         )
 
 
@@ -83,6 +84,7 @@ def estimate_request(model: str, options: LoadOptions) -> pb.EstimateRequest:
             allow_inexact=options.allow_inexact,
             kv_bits=options.kv_bits,
             adapters=_adapters(options),
+            draft_model=options.draft_model or "",
         )
 
 

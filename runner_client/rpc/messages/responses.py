@@ -10,6 +10,7 @@ from runner_client.types import (
     Completion,
     CompletionChunk,
     DoneReason,
+    DraftModel,
     DrainResult,
     LoadEstimate,
     LoadResult,
@@ -75,6 +76,17 @@ def _model(message: pb.Model) -> Model:
         kv_bits=message.kv_bits,
         adapters={adapter.name: adapter.path for adapter in message.adapters},
         capabilities=_capabilities(message.capabilities),
+        draft_model=_draft_model(message.draft_model) if message.HasField("draft_model") else None,
+    )
+
+
+def _draft_model(message: pb.DraftModel) -> DraftModel:
+    return DraftModel(
+        name=message.name,
+        path=message.path,
+        architecture=message.architecture,
+        weight_bytes=message.weight_bytes,
+        context_length=message.context_length,
     )
 
 
