@@ -81,6 +81,15 @@ _GEMMA = {
 }
 
 DEMO = "demo"
+DEMO_WIDE = "demo-58m"
+"""The demo model with zeros around its weights: the same text in the time of a larger model. With
+the demo model as its draft model, every guess is right but for rounding."""
+
+DEMO_RANDOM = "demo-random"
+"""A model of the demo's shape and tokens with random weights, whose guesses are wrong."""
+
+_WIDE = {"intermediate_size": 8192, "num_hidden_layers": 12}
+
 SHAPES = {
     "llama-1m": Shape({"model_type": "llama", **_TINY}),
     "qwen3-20m": Shape(
@@ -161,8 +170,8 @@ def context_length(path: Path) -> int:
 
 def _write(name: str, path: Path) -> None:
     path.mkdir(parents=True)
-    if name == DEMO:
-        _write_demo(path)
+    if name in (DEMO, DEMO_WIDE, DEMO_RANDOM):
+        _write_demo(path, name)
     else:
         _write_random(_RANDOM[name], path)
     (path / _MARK).touch()
@@ -194,18 +203,27 @@ def _write_random(shape: Shape, path: Path) -> None:
     write_tokenizer(path, shape.vocab_size)
 
 
-def _write_demo(path: Path) -> None:
-    """Write the demo model in float32 with an unreachable end-of-text id."""
+def _write_demo(path: Path, name: str) -> None:
+    """Write the demo model or a variant in float32 with an unreachable end-of-text id."""
     import mlx.core as mx
 
     weights = mx.load(str(DEMO_MODEL / "model.safetensors"))
     if not isinstance(weights, dict):
         raise TypeError("the demo model's weights are not a safetensors file")
     weights = {key: value.astype(mx.float32) for key, value in weights.items()}
+    if name == DEMO_WIDE:
+        weights = _widened(weights)
+    elif name == DEMO_RANDOM:
+        mx.random.seed(0)
+        weights = {
+            key: 0.05 * mx.random.normal(value.shape) if value.ndim > 1 else value
+            for key, value in weights.items()
+        }
     mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
     config = json.loads((DEMO_MODEL / "config.json").read_text(encoding="utf-8"))
     vocab_size = config["vocab_size"]
     config |= {"eos_token_id": vocab_size, "torch_dtype": "float32"}
+    config |= _WIDE if name == DEMO_WIDE else {}
     (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     tokenizer = json.loads((DEMO_MODEL / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | EOS | {"id": vocab_size})
@@ -215,10 +233,28 @@ def _write_demo(path: Path) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
+def _widened(weights: dict[str, Any]) -> dict[str, Any]:
+    """Return weights with zeros for more columns of each MLP, and for more layers."""
+    import mlx.core as mx
+
+    def padded(key: str, value: mx.array) -> mx.array:
+        more = _WIDE["intermediate_size"] - value.shape[int("down_proj" in key)]
+        return mx.pad(value, [(0, 0), (0, more)] if "down_proj" in key else [(0, more), (0, 0)])
+
+    found = {key: padded(key, value) if ".mlp." in key else value for key, value in weights.items()}
+    first = {key: value for key, value in found.items() if key.startswith("model.layers.0.")}
+    layer = sum(key.endswith(".mlp.down_proj.weight") for key in found)
+    for index in range(layer, _WIDE["num_hidden_layers"]):
+        for key, value in first.items():
+            own = key.replace("layers.0.", f"layers.{index}.")
+            found[own] = value if value.ndim == 1 else mx.zeros_like(value)
+    return found
+
+
 def main() -> int:
     """Write one model."""
     parser = argparse.ArgumentParser(prog="python -m bench.models", description=__doc__)
-    parser.add_argument("name", choices=[DEMO, *_RANDOM])
+    parser.add_argument("name", choices=[DEMO, DEMO_WIDE, DEMO_RANDOM, *_RANDOM])
     parser.add_argument("path", type=Path)
     arguments = parser.parse_args()
     _write(arguments.name, arguments.path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from bench import tables
 from bench.contenders import OURS
-from bench.contenders.ours import Drafting
+from bench.contenders.ours import Drafting, RightDraftModel, WrongDraftModel
 from bench.measures import (
     arrival,
     constrained,
@@ -190,6 +190,23 @@ def _open_loop(results: Results) -> str:
     return tables.markdown(["", "requests/s", *titles], rows)
 
 
+def _draft_models(results: Results) -> str:
+    measure, names = drafts.DRAFT_MODEL_MEASURE, (RightDraftModel.name, WrongDraftModel.name)
+    rows = []
+    for model in results.models(measure):
+        for case in results.cases(measure, model, "rate"):
+            lookup, *others = (
+                results.values(measure, model, name, "rate", case)
+                for name in (Drafting.name, *names)
+            )
+            cells = [tables.spread(summarize(each), "rate") for each in (lookup, *others)]
+            readings = [ratio(each, lookup) for each in others]
+            cells += ["-" if each is None else tables.figure(each.value) for each in readings]
+            rows.append([f"{model}: {case}", *cells])
+    heads = ["without", "right guesses", "wrong guesses", "ratio, right", "ratio, wrong"]
+    return tables.markdown(["", *heads], rows)
+
+
 def _if_measured(measure: str, render: Callable[[Results], str]) -> Callable[[Results], str]:
     return lambda results: render(results) if results.models(measure) else ""
 
@@ -286,6 +303,14 @@ SECTIONS = (
         "repeat in part; sampled texts hardly do. Rows of a batch are not drafted. All other "
         "sections are without drafts.",
         _if_measured(drafts.MEASURE, _drafts),
+    ),
+    Section(
+        "Draft models",
+        f"Tokens per second of {drafts.MAX_TOKENS} tokens a stream over gRPC, with prompt lookup "
+        "alone and with [draft models](drafts.md#a-draft-model), in turn. The model is the demo "
+        "model with zeros around its weights, so that the demo model guesses all of its likeliest "
+        "tokens. A model of the same shape with random weights guesses none.",
+        _if_measured(drafts.DRAFT_MODEL_MEASURE, _draft_models),
     ),
     Section(
         "Growth with the prompt",

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 from bench.contenders._environment import environment
 from bench.contenders._grpc import in_words, open_channel
 from bench.contenders.base import PARALLEL, Probe, Server
+from bench.models import DEMO, DEMO_RANDOM, ensure_model
 from bench.records import TEMPERATURE, TOP_K, TOP_P, ContenderError, Record, Request
 from mlxrunner.v1 import runner_pb2, runner_pb2_grpc
 from runner_common.contract import MAX_DRAFT
@@ -26,6 +27,7 @@ class Ours(Server):
 
     name = "ours"
     draft_tokens: ClassVar[int] = 0
+    draft_model: ClassVar[str] = ""
     _channel: grpc.aio.Channel | None = None
 
     async def start(self) -> None:
@@ -34,6 +36,8 @@ class Ours(Server):
         command += ["--model", str(self.setup.model), "--parallel", str(PARALLEL)]
         command += ["--context-length", str(self.setup.context_length)]
         command += ["--log-level", "WARNING", "--draft-tokens", str(self.draft_tokens)]
+        if self.draft_model:
+            command += ["--draft-model", str(ensure_model(self.draft_model))]
         await self._spawn(command, environment(self.setup.blas), pipes=True)
         self.port = ReadyLine.parse((await self._line()).decode()).port or 0
         self._channel = open_channel(self.port)
@@ -84,6 +88,20 @@ class Drafting(Ours):
 
     name = "ours with drafts"
     draft_tokens = MAX_DRAFT
+
+
+class RightDraftModel(Drafting):
+    """The runner with a draft model whose guesses are right."""
+
+    name = "ours with a draft model"
+    draft_model = DEMO
+
+
+class WrongDraftModel(Drafting):
+    """The runner with a draft model whose guesses are wrong."""
+
+    name = "ours with a wrong draft model"
+    draft_model = DEMO_RANDOM
 
 
 def _message(request: Request) -> runner_pb2.CompletionRequest:

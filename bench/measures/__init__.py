@@ -58,4 +58,5 @@ MEASURES = {
     "quantized": Measure(quantized.measure),
     "constrained": Measure(constrained.measure),
     "drafts": Measure(drafts.measure),
+    "draft-model": Measure(drafts.measure_draft_model),
 }

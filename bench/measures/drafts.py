@@ -1,20 +1,25 @@
-"""Rates of the runner with and without drafts, in turn."""
+"""Rates of the runner with and without drafts, and with a draft model, in turn."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bench.contenders import OURS
 from bench.contenders.base import start_paused
-from bench.contenders.ours import Drafting, Ours
+from bench.contenders.ours import Drafting, Ours, RightDraftModel, WrongDraftModel
 from bench.fleet import WARM_UP
-from bench.models import DEMO
+from bench.models import DEMO, DEMO_WIDE
 from bench.prompts import Prompts
 from bench.records import ContenderError, Request, rate
 from bench.results import Key
 from bench.session import Session, setup
 
 MEASURE = "drafts"
+DRAFT_MODEL_MEASURE = "draft-model"
 STREAMS = {"llama-1m": (1, 8), DEMO: (1, 8), "llama-100m": (1,)}
 """Numbers of concurrent streams for each model."""
+
+DRAFT_MODEL_STREAMS = {DEMO_WIDE: (1, 8)}
 
 MAX_TOKENS = 192
 
@@ -28,14 +33,31 @@ async def measure(session: Session) -> None:
         return
     await session.close()
     for model in STREAMS:
-        try:
-            await _measure_model(session, model)
-        except (ContenderError, OSError, TimeoutError) as error:
-            session.results.fail(OURS, f"{MEASURE}, {model}", str(error))
+        await _measure_model(session, MEASURE, model, (Ours, Drafting))
 
 
-async def _measure_model(session: Session, model: str) -> None:
-    runners = [Ours(setup(model)), Drafting(setup(model))]
+async def measure_draft_model(session: Session) -> None:
+    """Measure streams with drafts by prompt lookup alone, and with right and wrong draft models."""
+    if OURS not in session.settings.contenders:
+        return
+    await session.close()
+    kinds = (Drafting, RightDraftModel, WrongDraftModel)
+    for model in DRAFT_MODEL_STREAMS:
+        await _measure_model(session, DRAFT_MODEL_MEASURE, model, kinds)
+
+
+async def _measure_model(
+    session: Session, measure: str, model: str, kinds: Sequence[type[Ours]]
+) -> None:
+    try:
+        await _measure_in_turn(session, measure, model, [kind(setup(model)) for kind in kinds])
+    except (ContenderError, OSError, TimeoutError) as error:
+        session.results.fail(OURS, f"{measure}, {model}", str(error))
+
+
+async def _measure_in_turn(
+    session: Session, measure: str, model: str, runners: Sequence[Ours]
+) -> None:
     prompts = session.prompts(model)
     try:
         await start_paused(runners)
@@ -48,7 +70,7 @@ async def _measure_model(session: Session, model: str) -> None:
                 runner.pause()
                 if index != WARM_UP:
                     for case, value in rates.items():
-                        key = Key(MEASURE, model, runner.name, "rate", case)
+                        key = Key(measure, model, runner.name, "rate", case)
                         session.results.add(key, value)
     finally:
         for runner in runners:
@@ -59,11 +81,11 @@ def _cases(prompts: Prompts, model: str, index: int) -> dict[str, list[Request]]
     """Return the requests of a round by case, the same ones for both runners."""
     most = _WARM_UP_TOKENS if index == WARM_UP else MAX_TOKENS
     cases = {}
-    for streams in STREAMS[model]:
+    for streams in (STREAMS | DRAFT_MODEL_STREAMS)[model]:
         for kind in ("greedy", "sampled"):
             texts = (
                 prompts.source_code(streams)
-                if model == DEMO
+                if model in (DEMO, DEMO_WIDE)
                 else [prompts.words(_PROMPT_TOKENS) for _ in range(streams)]
             )
             cases[f"{kind}, {streams} {'stream' if streams == 1 else 'streams'}"] = [
