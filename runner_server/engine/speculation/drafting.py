@@ -107,5 +107,7 @@ class Drafting:
         if not drafted:
             self.pace.add_step(seconds, yielded)
         elif (step := self.pace.step_seconds) and (known := self._rows.get(row)):
-            self._cost.add(drafted, seconds / step)
-            known.credit.add(yielded - seconds / step)
+            # A shorter one is due to the load of the machine while steps were measured.
+            steps = max(1.0, seconds / step)
+            self._cost.add(drafted, steps)
+            known.credit.add(yielded - steps)
