@@ -36,7 +36,7 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def need_from_headers(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]]:
-    """Return the need with that of a draft model, and notes on parts of unknown size.
+    """Add the need of a draft model, and notes on parts of unknown size.
 
     Raises:
         ModelUnsupportedError: The files are incomplete or damaged.
@@ -92,7 +92,7 @@ def _need_alone(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]]:
 
 
 def _quantized_bytes(bits: int, item_bytes: float) -> float:
-    """Return the bytes of a number in a quantized cache, with its part of scale and bias."""
+    """Return the bytes of a number in a quantized cache, scale and bias included."""
     return bits / 8 + 2 * item_bytes / _LEAST_GROUP if bits else item_bytes
 
 

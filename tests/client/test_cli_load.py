@@ -44,6 +44,7 @@ def test_every_load_option_reaches_the_runner(fake: FakeRunner) -> None:
         *("load", fake.address, "org/name", "--context-length", "99", "--parallel", "2"),
         *("--dtype", "bfloat16", "--memory-limit", "8MiB", "--prefix-cache", "1MiB"),
         *("--memory-override", "--allow-inexact", "--kv-bits", "8"),
+        *("--draft-model", "org/draft"),
         *("--adapter", "sql=/adapters/sql", "--adapter", "a=b=c"),
     )
     assert result.exit_code == 0, result.output
@@ -58,6 +59,7 @@ def test_every_load_option_reaches_the_runner(fake: FakeRunner) -> None:
             memory_override=True,
             allow_inexact=True,
             kv_bits=8,
+            draft_model="org/draft",
             adapters=[
                 pb.Adapter(name="sql", path="/adapters/sql"),
                 pb.Adapter(name="a", path="b=c"),

@@ -89,7 +89,7 @@ def text_or_stdin(value: str) -> str:
 
 
 def schema_in(file: str) -> JsonSchema:
-    """Read a JSON schema from a file. The runner checks its keywords.
+    """Read a JSON schema from a file. The runner checks the keywords.
 
     Raises:
         click.BadParameter: The file cannot be read, or is not JSON.
@@ -217,7 +217,7 @@ adapter_option = click.option(
 
 
 def adapter_of(given: str, address: str | None, load: LoadOptions) -> tuple[str, LoadOptions]:
-    """Return the name of the adapter to use, and the options of a load with it.
+    """Return the name of the adapter to use, and the options of the load.
 
     Args:
         given: The value of ``adapter_option``.
