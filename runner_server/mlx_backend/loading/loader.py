@@ -110,7 +110,7 @@ def load(
         _try(model, plan)
         if draft:
             model.require_drafts()
-        report(99)
+        report(99 if prefix_disk else 100)
         if prefix_disk:
             # Last, because a fault after it would leave the threads of the disk behind.
             prefix_disk.attach(model, built.model, plan, lambda: report(99))
