@@ -16,6 +16,7 @@ from runner_server.engine.backend import LoadedModel, Matcher
 from runner_server.engine.types import CachePolicy, Constraint, LoadSpec, Sampling, Token
 from runner_server.engine.work import DecodeItem, DraftPrefillItem, PrefillItem, PromptChunk
 from runner_server.errors import InvalidField, ModelNotFound, ModelUnsupported, RunnerFault
+from support.adapters import write_adapter
 from support.draft_models import DEMO, noisy, with_another_token
 from support.harness import Server, eventually, failure, running, tokens
 from support.logprobs import assert_logprobs_close
@@ -270,22 +271,28 @@ def endless_credit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("endless_credit")
+@pytest.mark.parametrize(("kv_bits", "adapter"), [(0, ""), (8, "small")], ids=["plain", "all"])
 async def test_a_seed_gives_the_text_that_it_gives_without_a_draft_model(
-    socket_dir: Path, alike: Path
+    socket_dir: Path, alike: Path, tmp_path: Path, kv_bits: int, adapter: str
 ) -> None:
     """Alone, after a completion that was cancelled, with a prefix from the cache, and together."""
     backend: Any = MlxBackend()
+    fields: dict[str, Any] = {"parallel": 2, "kv_bits": kv_bits}
+    if adapter:
+        path = write_adapter(tmp_path / adapter, DEMO, scale=0.2)
+        fields["adapters"] = [pb.Adapter(name=adapter, path=str(path))]
     async with running(socket_dir, backend) as (app, channel, ready):
         server = Server(app, backend, channel, ready)
 
         async def answer(options: dict[str, Any]) -> list[pb.CompletionResponse]:
-            return await server.complete(TEXT, num_predict=80, ignore_eos=True, **options)
+            options = {"num_predict": 80, "ignore_eos": True, **options}
+            return await server.complete(TEXT, adapter=adapter, **options)
 
-        await server.load(str(DEMO), parallel=2)
+        await server.load(str(DEMO), **fields)
         expected = [tokens(await answer(options)) for options in OPTIONS]
-        loaded = await server.load(str(DEMO), parallel=2, draft_model=str(alike))
+        loaded = await server.load(str(DEMO), draft_model=str(alike), **fields)
         assert loaded.model.draft_model.path == str(alike)
-        call = server.start(TEXT, num_predict=500, ignore_eos=True)
+        call = server.start(TEXT, num_predict=500, ignore_eos=True, adapter=adapter)
         async for message in call:
             if message.token_ids:
                 break
