@@ -208,6 +208,7 @@ LOAD_BILLION_ENDINGS = {
     "dtype": "INVALID_FIELD",
     "memory_limit_bytes": "OK",
     "prefix_cache_bytes": "OK",
+    "kv_bits": "INVALID_FIELD",
 }
 
 
