@@ -45,15 +45,16 @@ def need_from_headers(request: NeedRequest) -> tuple[NeedAnswer, tuple[str, ...]
     answer, notes = _need_alone(request)
     if not request.draft_path:
         return answer, notes
-    draft, more = _need_alone(NeedRequest(request.draft_path, parallel=1, dtype=request.dtype))
-    own, other = answer.need, draft.need
-    need = replace(
-        own,
-        weight_bytes=own.weight_bytes + other.weight_bytes,
-        kv_bytes=own.kv_bytes + other.kv_bytes,
-        working_bytes=max(own.working_bytes, other.working_bytes),
-        load_transient_bytes=max(own.load_transient_bytes, other.load_transient_bytes),
+    longest = read_model(Path(request.draft_path)).configuration.context_length
+    draft, more = _need_alone(
+        NeedRequest(
+            request.draft_path,
+            context_length=min(answer.context_length, longest),
+            parallel=1,
+            dtype=request.dtype,
+        )
     )
+    need = answer.need.with_draft(draft.need)
     return replace(answer, need=need), (*notes, *(f"draft model: {note}" for note in more))
 
 

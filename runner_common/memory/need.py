@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -57,6 +57,17 @@ class MemoryNeed:
     def mlx_bytes(self) -> int:
         """MLX's memory limit: the most that it holds while completions run."""
         return self.weight_bytes + self.kv_bytes + self.prefix_cache_bytes + self.working_bytes
+
+    def with_draft(self, draft: MemoryNeed) -> MemoryNeed:
+        """Return the need of the model with a draft model in the same process."""
+        return replace(
+            self,
+            weight_bytes=self.weight_bytes + draft.weight_bytes,
+            kv_bytes=self.kv_bytes + draft.kv_bytes,
+            # The two models are read and run one after the other.
+            working_bytes=max(self.working_bytes, draft.working_bytes),
+            load_transient_bytes=max(self.load_transient_bytes, draft.load_transient_bytes),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, for JSON."""

@@ -60,6 +60,24 @@ def test_a_draft_model_counts_once_for_all_sequences(tmp_path: Path) -> None:
     assert drafted.kv_bytes == 4 * need.kv_bytes
 
 
+@pytest.mark.parametrize(
+    ("longest", "context_length", "counted"),
+    [(16_384, 512, 512), (16_384, 16_384, 16_384), (1024, 16_384, 1024)],
+)
+def test_a_draft_model_counts_with_the_context_of_the_load(
+    tmp_path: Path, longest: int, context_length: int, counted: int
+) -> None:
+    """As far as the draft model supports that context."""
+    path, draft = str(tmp_path / "model"), str(tmp_path / "draft")
+    write_model(Path(path), PLAIN, {**CONFIG, "max_position_embeddings": 16_384})
+    write_model(Path(draft), PLAIN, {**CONFIG, "max_position_embeddings": longest})
+    options: dict[str, Any] = {"backend": "cpu", "parallel": 1, "prefix_cache_bytes": 0}
+    need = estimate(path, context_length=context_length, **options)
+    drafted = estimate(path, context_length=context_length, draft_model=draft, **options)
+    own = estimate(draft, context_length=counted, **options)
+    assert drafted.kv_bytes == need.kv_bytes + own.kv_bytes
+
+
 @pytest.mark.parametrize(("parallel", "sequences"), [(1, 1), (4, 1), (8, 2)])
 def test_a_default_prefix_cache_is_counted_but_not_required(
     tmp_path: Path, parallel: int, sequences: int

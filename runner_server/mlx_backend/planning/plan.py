@@ -125,16 +125,7 @@ class Plan:
 
     def with_draft(self, draft: Plan) -> Plan:
         """Return a plan that includes the memory of a draft model."""
-        own, other = self.need, draft.need
-        need = replace(
-            own,
-            weight_bytes=own.weight_bytes + other.weight_bytes,
-            kv_bytes=own.kv_bytes + other.kv_bytes,
-            # The two models run one after the other.
-            working_bytes=max(own.working_bytes, other.working_bytes),
-            load_transient_bytes=max(own.load_transient_bytes, other.load_transient_bytes),
-        )
-        return replace(self, need=need)
+        return replace(self, need=self.need.with_draft(draft.need))
 
     def settled(self, spec: LoadSpec) -> LoadSpec:
         """Return the load with this plan's decisions in place of every automatic choice."""
