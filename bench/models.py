@@ -143,7 +143,33 @@ LONG = "llama-1m-32k"
 
 _LONG_SHAPE = Shape({"model_type": "llama", **_TINY, "max_position_embeddings": 32_768})
 
-_RANDOM = {**SHAPES, **POOLED_SHAPES, **ENDING, LONG: _LONG_SHAPE}
+SIZES = {
+    "llama-400m": Shape(
+        {
+            **_LARGE,
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+        },
+        vocab_size=32_768,
+    ),
+    "llama-1b": Shape(
+        {
+            **_LARGE,
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "intermediate_size": 8192,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+        vocab_size=32_768,
+    ),
+}
+"""Models that only the machine's limits are compared with: steps take up to half a second."""
+
+_RANDOM = {**SHAPES, **POOLED_SHAPES, **ENDING, LONG: _LONG_SHAPE, **SIZES}
 
 
 def ensure_model(name: str) -> Path:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import svg
-from bench.measures import arrival, growth, prefix
+from bench.contenders import OURS
+from bench.measures import arrival, growth, limits, prefix
+from bench.models import LONG
 from bench.results import Case, Results
 
 _COLORS = {"direct": "#888888", "ours": "#d6422b", "mlx-lm server": "#2b6cb0", "SMG": "#2f8f4e"}
@@ -22,6 +24,7 @@ def draw(results: Results, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [
         *(_throughput(results, model, folder) for model in results.models("greedy")),
+        _limits(results, folder),
         _timeline(results, folder),
         _prompt_length(results, folder),
         _prefix(results, folder),
@@ -37,6 +40,34 @@ def _throughput(results: Results, model: str, folder: Path) -> str:
         _lines(pane, results, measure, model, "rate")
         pane.set(title=f"{model}, {measure}", xlabel="streams", ylabel="tokens per second", ylim=0)
     return save_plot(figure, panes, folder, f"throughput-{model}.svg")
+
+
+def _limits(results: Results, folder: Path) -> str:
+    """Plot decoding with one stream by the size of the model, beside the machine's limit."""
+    figure, (pane,) = new_panes(1)
+    looks = {limits.MACHINE: "#888888", OURS: _COLORS[OURS]}
+    for name, color in looks.items():
+        points = sorted(
+            (bytes_[0] / 2**20, statistics.median(rates))
+            for model in results.models(limits.MEASURE)
+            if (bytes_ := _of_limits(results, model, limits.MACHINE, "weight_bytes"))
+            and (rates := _of_limits(results, model, name, "decode_rate"))
+        )
+        if points:
+            label = "limit of the machine" if name == limits.MACHINE else name
+            pane.plot(*zip(*points, strict=True), color=color, marker="o", label=label)
+    pane.set(
+        title="decoding with one stream",
+        xlabel="MiB of weights",
+        ylabel="tokens per second",
+        xscale="log",
+        yscale="log",
+    )
+    return save_plot(figure, [pane], folder, "limits.svg")
+
+
+def _of_limits(results: Results, model: str, contender: str, metric: str) -> list[float]:
+    return results.values(limits.MEASURE, model, contender, metric, 1)
 
 
 def _timeline(results: Results, folder: Path) -> str:
@@ -68,6 +99,7 @@ def _timeline(results: Results, folder: Path) -> str:
 def _prompt_length(results: Results, folder: Path) -> str:
     figure, (pane,) = new_panes(1)
     _lines(pane, results, "prompt-length", growth.MODEL, "ttft_seconds")
+    _lines(pane, results, "long-prompts", LONG, "ttft_seconds", labelled=False)
     pane.set(
         title=f"{growth.MODEL}, a single prompt",
         xlabel="prompt tokens",
@@ -75,7 +107,8 @@ def _prompt_length(results: Results, folder: Path) -> str:
         xscale="log",
         yscale="log",
     )
-    pane.set_xticks(growth.LENGTHS, labels=[f"{length:,}" for length in growth.LENGTHS])
+    ticks = (*growth.LENGTHS, *growth.LONG_LENGTHS)[::2]
+    pane.set_xticks(ticks, labels=[f"{length:,}" for length in ticks])
     pane.minorticks_off()
     return save_plot(figure, [pane], folder, "prompt-length.svg")
 
@@ -114,7 +147,9 @@ def _cache_entries(results: Results, folder: Path) -> str:
     return save_plot(figure, panes, folder, "cache-entries.svg")
 
 
-def _lines(pane: Any, results: Results, measure: str, model: str, metric: str) -> None:
+def _lines(
+    pane: Any, results: Results, measure: str, model: str, metric: str, *, labelled: bool = True
+) -> None:
     """Plot the medians as one line per contender, with the spread as a band."""
     for name in results.contenders(measure, model):
         points: list[tuple[Case, list[float]]] = [
@@ -127,7 +162,7 @@ def _lines(pane: Any, results: Results, measure: str, model: str, metric: str) -
         cases = [case for case, _ in points]
         medians = [statistics.median(values) for _, values in points]
         style = {"color": _COLORS[name], "marker": _MARKERS[name]}
-        pane.plot(cases, medians, label=name, **style)
+        pane.plot(cases, medians, label=name if labelled else None, **style)
         pane.set_xticks(cases)
         lows, highs = ([edge(values) for _, values in points] for edge in (min, max))
         pane.fill_between(cases, lows, highs, color=_COLORS[name], alpha=0.15, linewidth=0)

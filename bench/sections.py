@@ -21,7 +21,7 @@ from bench.measures import (
     quantized,
     start,
 )
-from bench.models import DEMO
+from bench.models import DEMO, LONG
 from bench.results import Case, Results
 from bench.stats import percentile, summarize
 from bench.targets import ratio
@@ -100,6 +100,16 @@ def _quantized(results: Results) -> str:
     return tables.markdown(["", *heads.values()], rows)
 
 
+def _prompt_lengths(results: Results) -> str:
+    measured = (("prompt-length", growth.MODEL), ("long-prompts", LONG))
+    parts = [
+        tables.by_case(results, *each, "ttft_seconds")
+        for each in measured
+        if results.models(each[0])
+    ]
+    return "\n\n".join(parts)
+
+
 def _cache_entries(results: Results) -> str:
     parts = []
     for metric, words in (
@@ -176,16 +186,18 @@ def _open_loop(results: Results) -> str:
         def values(metric: str, case: Case, name: str = name) -> list[float]:
             return results.values(open_loop.MEASURE, open_loop.MODEL, name, metric, case)
 
-        for share in open_loop.SHARES:
-            rate = share / 100 * statistics.median(values("capacity", "all"))
+        for case in (*open_loop.SHARES, open_loop.EQUAL):
+            rates = values("arrival_rate", case)
             cells = [
                 tables.duration(percentile(measured, percent))
                 for metric in heads
-                if (measured := values(metric, share))
+                if (measured := values(metric, case))
                 for percent in percents
             ]
             if cells:
-                rows.append([f"{name}, {share} %", tables.figure(rate), *cells])
+                label = "equal rate" if case == open_loop.EQUAL else f"{case} %"
+                rate = tables.figure(statistics.median(rates))
+                rows.append([f"{name}, {label}", rate, *cells])
     titles = [f"{what}, p{percent}" for what in heads.values() for percent in percents]
     return tables.markdown(["", "requests/s", *titles], rows)
 
@@ -229,6 +241,7 @@ SECTIONS = (
         "are not part of the limits. Models that fit into the processor's caches are bound by the "
         "fixed cost of a step instead.",
         _if_measured(limits.MEASURE, _limits),
+        "limits.svg",
     ),
     Section(
         "Shared prefix",
@@ -268,6 +281,7 @@ SECTIONS = (
         f"contender reaches with {open_loop.CAPACITY_REQUESTS} requests at once. Each has "
         f"{open_loop.PROMPT_TOKENS} prompt tokens, of which {open_loop.PREFIX_TOKENS} are one of "
         f"{open_loop.PREFIXES} prefixes that return, and generates {open_loop.MAX_TOKENS} tokens. "
+        f"The equal rate is {open_loop.EQUAL_SHARE} % of the lowest capacity, for every contender. "
         "The time per token is that of a whole stream after the first token, divided by its "
         "tokens.",
         _if_measured(open_loop.MEASURE, _open_loop),
@@ -314,10 +328,11 @@ SECTIONS = (
     ),
     Section(
         "Growth with the prompt",
-        f"{growth.MODEL}: time to first token of a single prompt, by number of tokens.",
+        f"{growth.MODEL}: time to first token of a single prompt, by number of tokens. The longest "
+        "prompts were measured once, without the peers' servers.",
         _if_measured(
             "prompt-length",
-            lambda results: tables.by_case(results, "prompt-length", growth.MODEL, "ttft_seconds"),
+            _prompt_lengths,
         ),
         "prompt-length.svg",
     ),

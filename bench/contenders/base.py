@@ -17,7 +17,7 @@ from bench.load import drive
 from bench.paths import CACHE
 from bench.records import ContenderError, Record, Request
 
-PARALLEL = 32
+PARALLEL = 64
 """Maximum number of concurrent streams; the peers' default."""
 
 _START_SECONDS = 120.0

@@ -54,6 +54,7 @@ MEASURES = {
     "prompt-length": Measure(growth.measure_prompt_length),
     "cache-entries": Measure(growth.measure_cache_entries),
     "open-loop": Measure(open_loop.measure),
+    "long-prompts": Measure(growth.measure_long_prompts),
     "memory": Measure(memory.measure),
     "quantized": Measure(quantized.measure),
     "constrained": Measure(constrained.measure),

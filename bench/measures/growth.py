@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from bench.contenders import Contender
-from bench.contenders.base import PARALLEL
-from bench.fleet import Sample, Turn
+from bench.contenders import OURS, Contender
+from bench.contenders.base import PARALLEL, Setup
+from bench.fleet import Fleet, Sample, Turn
 from bench.measures.prefix import FRESH_TOKENS, PROMPT_TOKENS
+from bench.models import LONG, context_length, ensure_model
 from bench.prompts import Prompts
 from bench.records import Request
 from bench.session import Session
 
 MODEL = "llama-1m"
 LENGTHS = (256, 512, 1024, 2048, 4096)
-ENTRIES = (0, 50, 200)
+LONG_LENGTHS = (8192, 16_384, 32_000)
+"""Lengths measured once, since a prompt takes minutes."""
+
+LONG_CONTENDERS = ("direct", OURS)
+ENTRIES = (0, 200, 2_000, 10_000)
 
 _MAX_TOKENS = 4
 _PROBES = 5
@@ -35,6 +40,27 @@ async def measure_prompt_length(session: Session) -> None:
         ]
 
     await fleet.rounds("prompt-length", turn, session.settings.rounds)
+
+
+async def measure_long_prompts(session: Session) -> None:
+    """Measure the longest prompts once, without the peers' servers."""
+    await session.close()
+    path, prompts = ensure_model(LONG), session.prompts(LONG)
+    setup = Setup(path, context_length(path), "auto")
+    fleet = Fleet(LONG, setup, session.others(LONG_CONTENDERS), session.results)
+    requests = [Request(prompts.words(size), _MAX_TOKENS) for size in LONG_LENGTHS]
+
+    async def turn(contender: Contender, _: int) -> list[Sample]:
+        return [
+            Sample("ttft_seconds", len(request.prompt.token_ids), await _ttft(contender, request))
+            for request in requests
+        ]
+
+    try:
+        await fleet.start("long-prompts")
+        await fleet.rounds("long-prompts", turn, 1, warm_up=False)
+    finally:
+        await fleet.stop()
 
 
 async def measure_cache_entries(session: Session) -> None:

@@ -15,6 +15,7 @@ from bench.contenders.machine import Machine, MachineRates
 from bench.contenders.ours import Ours
 from bench.fleet import WARM_UP
 from bench.measures.throughput import PLANS, Plan
+from bench.models import SIZES
 from bench.records import ContenderError, Record, Request
 from bench.results import Key
 from bench.session import Session, setup
@@ -25,6 +26,7 @@ STREAMS = (1, 16, 32)
 PROMPT_TOKENS = 512
 
 _DECODE_TOKENS = 32
+_SIZES = [Plan(name, greedy=(1,), sampled=(), prompt_tokens=64) for name in SIZES]
 
 
 async def measure(session: Session) -> None:
@@ -32,7 +34,7 @@ async def measure(session: Session) -> None:
     if OURS not in session.settings.contenders:
         return
     await session.close()
-    for plan in PLANS.values():
+    for plan in (*PLANS.values(), *_SIZES):
         try:
             await _measure_model(session, plan)
         except (ContenderError, OSError, TimeoutError) as error:
@@ -43,6 +45,8 @@ async def _measure_model(session: Session, plan: Plan) -> None:
     programs = machine, ours = Machine(setup(plan.model)), Ours(setup(plan.model))
     try:
         await start_paused(programs)
+        weights = Key(MEASURE, plan.model, MACHINE, "weight_bytes", 1)
+        session.results.add(weights, machine.weight_bytes)
         for index in range(WARM_UP, session.settings.rounds):
             machine.resume()
             limits = await _limits(machine, plan)
@@ -66,21 +70,27 @@ Rates = dict[tuple[str, int], float]
 
 
 async def _limits(machine: Machine, plan: Plan) -> Rates:
-    products = [*((streams, streams) for streams in STREAMS), (PROMPT_TOKENS, 1)]
+    products = [*((streams, streams) for streams in _streams(plan)), (PROMPT_TOKENS, 1)]
     rates = await machine.measure(plan.prompt_tokens + _DECODE_TOKENS // 2, products)
-    return limits_of(machine.weight_bytes, rates)
+    return limits_of(machine.weight_bytes, rates, _streams(plan))
 
 
-def limits_of(weight_bytes: int, rates: MachineRates) -> Rates:
+def _streams(plan: Plan) -> Sequence[int]:
+    """Return the numbers of streams to measure: one where a step takes long."""
+    return STREAMS if plan.model in PLANS else STREAMS[:1]
+
+
+def limits_of(weight_bytes: int, rates: MachineRates, numbers: Sequence[int]) -> Rates:
     """Return the highest rates possible on the machine.
 
     Args:
         weight_bytes: Bytes of the weights that a decode step reads.
-        rates: The machine's rates, with products for each of ``STREAMS`` and for a prompt.
+        rates: The machine's rates, with products for each number of streams and for a prompt.
+        numbers: Numbers of streams.
     """
     *steps, prefill = rates.product_seconds
     found: Rates = {("prompt_rate", PROMPT_TOKENS): PROMPT_TOKENS / prefill}
-    for streams, product_seconds in zip(STREAMS, steps, strict=True):
+    for streams, product_seconds in zip(numbers, steps, strict=True):
         read_seconds = (weight_bytes + streams * rates.kv_bytes) / rates.copy_rate
         # The products of one row are bound by the reading of the weights anyway.
         seconds = read_seconds if streams == 1 else max(read_seconds, product_seconds)
@@ -92,7 +102,7 @@ async def _reached(session: Session, ours: Contender, plan: Plan) -> Rates:
     prompts = session.prompts(plan.model)
     (record,) = await ours.run([Request(prompts.words(PROMPT_TOKENS), 2)])
     found: Rates = {("prompt_rate", PROMPT_TOKENS): PROMPT_TOKENS / record.ttft_seconds}
-    for streams in STREAMS:
+    for streams in _streams(plan):
         requests = [
             Request(prompts.words(plan.prompt_tokens), 2 * _DECODE_TOKENS) for _ in range(streams)
         ]

@@ -12,12 +12,18 @@ import random
 from bench.contenders import Contender
 from bench.fleet import WARM_UP, Sample
 from bench.records import Record, Request
+from bench.results import Case
 from bench.session import Session
 
 MEASURE = "open-loop"
 MODEL = "llama-1m"
 SHARES = (50, 80, 95)
 """Rates of arrival, in percent of the contender's own capacity."""
+
+EQUAL = "equal"
+"""Case of the rate that is the same for all: ``EQUAL_SHARE`` percent of the lowest capacity."""
+
+EQUAL_SHARE = 80
 
 REQUESTS = 120
 """Requests of each rate in each round."""
@@ -27,13 +33,13 @@ PREFIX_TOKENS = 256
 PROMPT_TOKENS = 288
 MAX_TOKENS = 32
 
-CAPACITY_REQUESTS = 64
+CAPACITY_REQUESTS = 128
 """Requests sent at once to measure the capacity: twice as many as run at a time."""
 
 
 async def measure(session: Session) -> None:
     """Measure the capacity of every contender, then first tokens and times per token."""
-    fleet = await session.fleet(MODEL, MEASURE)
+    fleet = await session.fleet(MODEL, MEASURE, fresh=True)
     prompts = session.prompts(MODEL)
     shared = [prompts.words(PREFIX_TOKENS) for _ in range(PREFIXES)]
 
@@ -41,13 +47,21 @@ async def measure(session: Session) -> None:
         beginnings = itertools.islice(itertools.cycle(shared), count)
         return [Request(prompts.words(PROMPT_TOKENS, each), MAX_TOKENS) for each in beginnings]
 
+    capacities: dict[str, float] = {}
+
     async def turn(contender: Contender, index: int) -> list[Sample]:
         capacity = throughput(await contender.run(requests(CAPACITY_REQUESTS)))
         samples = [Sample("capacity", "all", capacity)]
-        # The warm-up leaves the prefixes in the caches.
-        for share in SHARES if index != WARM_UP else ():
-            arriving = at_random(requests(REQUESTS), capacity * share / 100, seed=index)
-            samples += _samples(share, await contender.run(arriving))
+        if index == WARM_UP:
+            # The prefixes are in the caches now, and every capacity is known before the rounds.
+            capacities[contender.name] = capacity
+            return samples
+        equal = min(capacities.values()) * EQUAL_SHARE / 100
+        rates: dict[Case, float] = {share: capacity * share / 100 for share in SHARES}
+        for case, rate in {**rates, EQUAL: equal}.items():
+            arriving = at_random(requests(REQUESTS), rate, seed=index)
+            samples += [Sample("arrival_rate", case, rate)]
+            samples += _samples(case, await contender.run(arriving))
         return samples
 
     await fleet.rounds(MEASURE, turn, session.settings.rounds)
@@ -68,12 +82,12 @@ def at_random(requests: list[Request], per_second: float, seed: int) -> list[Req
     ]
 
 
-def _samples(share: int, records: list[Record]) -> list[Sample]:
+def _samples(case: Case, records: list[Record]) -> list[Sample]:
     return [
         sample
         for each in records
         for sample in (
-            Sample("ttft_seconds", share, each.ttft_seconds),
-            Sample("token_seconds", share, (each.last - each.first) / (MAX_TOKENS - 1)),
+            Sample("ttft_seconds", case, each.ttft_seconds),
+            Sample("token_seconds", case, (each.last - each.first) / (MAX_TOKENS - 1)),
         )
     ]

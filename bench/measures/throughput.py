@@ -38,6 +38,7 @@ class Plan:
 
 
 _ALL = (1, 4, 8, 16, 32)
+_MOST = (*_ALL, 64)
 _SOME = (1, 8, 16)
 
 PLANS = {
@@ -47,7 +48,7 @@ PLANS = {
         Plan("gemma3-7m", _SOME, (16,), max_tokens=64),
         Plan("qwen3-20m", _SOME, _SOME, max_tokens=32),
         Plan(DEMO, _ALL, _ALL),
-        Plan("llama-1m", _ALL, _ALL),
+        Plan("llama-1m", _MOST, _MOST),
     )
 }
 

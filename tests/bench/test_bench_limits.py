@@ -20,7 +20,7 @@ from support.bench_results import ABOUT
 def test_one_stream_is_bound_by_memory_and_many_by_the_slower_of_both() -> None:
     # A step reads 100 bytes of weights and 1 for each stream, at 1,000 bytes per second.
     rates = MachineRates(1000.0, 1, (5.0, 0.1, 0.8, 2.0))
-    assert limits_of(100, rates) == {
+    assert limits_of(100, rates, (1, 16, 32)) == {
         ("decode_rate", 1): pytest.approx(1 / 0.101),
         ("decode_rate", 16): pytest.approx(16 / 0.116),
         ("decode_rate", 32): pytest.approx(32 / 0.8),
