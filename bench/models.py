@@ -138,6 +138,9 @@ ENDING = {
 """Models for constraints: two whose steps take so little that constraints cost most, and one of a
 size that is in use."""
 
+FEW_STREAMS = {"qwen3-600m-ending": 16}
+"""Most streams of models whose KV caches would not fit the machine with as many as the others."""
+
 LONG = "llama-1m-32k"
 """Model for long prompts: ``llama-1m`` with a context of 32,768 tokens."""
 

@@ -18,10 +18,12 @@ from bench.measures import (
     memory,
     open_loop,
     prefix,
+    profile,
     quantized,
     start,
 )
 from bench.models import DEMO, LONG
+from bench.perf import KINDS
 from bench.results import Case, Results
 from bench.stats import percentile, summarize
 from bench.targets import ratio
@@ -143,6 +145,19 @@ def _limits(results: Results) -> str:
     return tables.markdown(["", *heads.values()], rows)
 
 
+def _profile(results: Results) -> str:
+    rows = []
+    for model in results.models(profile.MEASURE):
+        for case in dict.fromkeys(
+            each for kind in KINDS for each in results.cases(profile.MEASURE, model, kind)
+        ):
+            values = [results.values(profile.MEASURE, model, OURS, kind, case) for kind in KINDS]
+            cpus = [statistics.median(each) if each else 0.0 for each in values]
+            shares = [f"{each / sum(cpus):.0%}" for each in cpus] if sum(cpus) else []
+            rows.append([f"{model}: {case}", tables.figure(sum(cpus)), *shares])
+    return tables.markdown(["", "CPUs busy", *KINDS], rows)
+
+
 def _constrained(results: Results) -> str:
     heads = {
         "rate": "tokens per second",
@@ -242,6 +257,13 @@ SECTIONS = (
         "fixed cost of a step instead.",
         _if_measured(limits.MEASURE, _limits),
         "limits.svg",
+    ),
+    Section(
+        "Where the time goes",
+        "CPU time of the runner by what the code does, sampled by `perf`, with greedy streams and "
+        "with prompts of 512 tokens. OpenBLAS copies the matrices of every product into the order "
+        "in which its kernels read, and its threads wait actively for each other.",
+        _if_measured(profile.MEASURE, _profile),
     ),
     Section(
         "Shared prefix",

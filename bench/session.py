@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from bench.contenders import CONTENDERS, Setup
 from bench.fleet import Fleet
-from bench.models import context_length, ensure_model
+from bench.contenders.base import PARALLEL
+from bench.models import FEW_STREAMS, context_length, ensure_model
 from bench.prompts import Prompts
 from bench.results import Results
 
@@ -78,4 +79,5 @@ class Session:
 def setup(model: str, blas: str = "auto") -> Setup:
     """Return the setup of a contender for this model, writing the model first if needed."""
     path = ensure_model(model)
-    return Setup(path, min(MAX_CONTEXT, context_length(path)), blas)
+    parallel = FEW_STREAMS.get(model, PARALLEL)
+    return Setup(path, min(MAX_CONTEXT, context_length(path)), blas, parallel)

@@ -39,11 +39,13 @@ class Setup:
         context_length: Longest sequence to support, in tokens.
         blas: ``"auto"`` selects the fastest BLAS found; ``"off"`` keeps the one installed with
             MLX.
+        parallel: Most streams at a time.
     """
 
     model: Path
     context_length: int
     blas: str = "auto"
+    parallel: int = PARALLEL
 
 
 class Program(ABC):
@@ -80,6 +82,11 @@ class Program(ABC):
             process.kill()
             await process.wait()
 
+    @property
+    def pid(self) -> int:
+        """Id of the running process."""
+        return self._alive().pid
+
     def pause(self) -> None:
         """Suspend the process, which might otherwise poll while idle and disturb the others."""
         self._alive().send_signal(signal.SIGSTOP)
@@ -90,7 +97,7 @@ class Program(ABC):
 
     async def quiet(self) -> None:
         """Wait until the process is idle, since cancelled work may take a while to end."""
-        process = psutil.Process(self._alive().pid)
+        process = psutil.Process(self.pid)
         deadline = asyncio.get_running_loop().time() + _QUIET_SECONDS
         while asyncio.get_running_loop().time() < deadline:
             before = process.cpu_times()
@@ -102,7 +109,7 @@ class Program(ABC):
 
     def rss_bytes(self) -> int:
         """Return the resident set of the process."""
-        return int(psutil.Process(self._alive().pid).memory_info().rss)
+        return int(psutil.Process(self.pid).memory_info().rss)
 
     async def _spawn(
         self, command: Sequence[str], environment: dict[str, str], *, pipes: bool = False

@@ -21,6 +21,8 @@ from bench.records import TEMPERATURE, TOP_K, TOP_P, ContenderError, Record, Req
 _DATA = b"data: "
 _DONE = b"[DONE]"
 _MAX_LINE_BYTES = 2**24
+_CONNECT_ATTEMPTS = 100
+_RETRY_SECONDS = 0.01
 
 
 class MlxLmServer(Server):
@@ -39,9 +41,8 @@ class MlxLmServer(Server):
 
     async def stream(self, request: Request, record: Record) -> None:
         """Stream one completion, or fetch a whole one if token ids are wanted."""
-        reader, writer = await self._post(_body(request))
+        reader, writer = await self._accepted(_body(request))
         try:
-            await _read_head(reader)
             if request.want_ids:
                 _take_whole(json.loads(await reader.read()), record)
             else:
@@ -61,6 +62,24 @@ class MlxLmServer(Server):
         await _read_head(reader)
         await reader.read()
         writer.close()
+
+    async def _accepted(
+        self, body: dict[str, Any]
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Send a request until the server takes it, and read the head of the response.
+
+        The server's queue of new connections holds five, so it resets some of many that come at
+        once. The time until one is taken counts as the request's.
+        """
+        for _ in range(_CONNECT_ATTEMPTS):
+            try:
+                reader, writer = await self._post(body)
+                await _read_head(reader)
+            except ConnectionError:
+                await asyncio.sleep(_RETRY_SECONDS)
+            else:
+                return reader, writer
+        raise ContenderError(f"{_CONNECT_ATTEMPTS} connections were reset")
 
     async def _post(
         self, body: dict[str, Any]

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2
 
 from bench.contenders._environment import environment
 from bench.contenders._grpc import in_words, open_channel
-from bench.contenders.base import PARALLEL, Probe, Server
+from bench.contenders.base import Probe, Server
 from bench.models import DEMO, DEMO_RANDOM, ensure_model
 from bench.records import TEMPERATURE, TOP_K, TOP_P, ContenderError, Record, Request
 from mlxrunner.v1 import runner_pb2, runner_pb2_grpc
@@ -33,7 +33,7 @@ class Ours(Server):
     async def start(self) -> None:
         """Start the server and wait until the model is loaded."""
         command = [sys.executable, "-m", "runner_server"]
-        command += ["--model", str(self.setup.model), "--parallel", str(PARALLEL)]
+        command += ["--model", str(self.setup.model), "--parallel", str(self.setup.parallel)]
         command += ["--context-length", str(self.setup.context_length)]
         command += ["--log-level", "WARNING", "--draft-tokens", str(self.draft_tokens)]
         if self.draft_model:

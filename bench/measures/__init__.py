@@ -16,6 +16,7 @@ from bench.measures import (
     memory,
     open_loop,
     prefix,
+    profile,
     quantized,
     start,
     throughput,
@@ -48,6 +49,7 @@ MEASURES = {
         for model, plan in throughput.PLANS.items()
     },
     "limits": Measure(limits.measure),
+    "profile": Measure(profile.measure),
     "prefix": Measure(prefix.measure, quick=True),
     "arrival": Measure(arrival.measure_gap, quick=True),
     "health": Measure(arrival.measure_health, quick=True),
