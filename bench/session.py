@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bench.contenders import CONTENDERS, Setup
-from bench.fleet import Fleet
 from bench.contenders.base import PARALLEL
+from bench.fleet import Fleet
 from bench.models import FEW_STREAMS, context_length, ensure_model
 from bench.prompts import Prompts
 from bench.results import Results
