@@ -112,7 +112,7 @@ def _over_http(port: int, model: str, tokens: int) -> Ask:
             seed=number,
             temperature=1,
         )
-        return int(answer.usage.completion_tokens)
+        return answer.usage.completion_tokens if answer.usage else 0
 
     return ask
 

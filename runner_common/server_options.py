@@ -333,6 +333,13 @@ SERVER_OPTIONS = (
         read=_directory,
     ),
     ServerOption(
+        ("--http",),
+        "Address for OpenAI's HTTP interface, such as 127.0.0.1:8080, with the tokens and TLS "
+        "files of --listen; needs the extra http.  [default: none]",
+        metavar="HOST:PORT",
+        read=_host_and_port,
+    ),
+    ServerOption(
         ("--metrics-listen",),
         "Address for Prometheus metrics, such as 127.0.0.1:9464.  [default: none]",
         metavar="HOST:PORT",

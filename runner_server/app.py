@@ -43,6 +43,7 @@ from runner_server.telemetry.tracing import Tracing, open_tracing
 from runner_server.transport.translate import translate
 
 if TYPE_CHECKING:
+    from runner_common.http.server import HttpServer
     from runner_server.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class RunnerApp:
         interceptors.append(ErrorInterceptor(METHODS, translate))
         self._server = grpc.aio.server(interceptors=interceptors, options=CHANNEL_OPTIONS)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._http: HttpServer | None = None
         self._ready: ReadyLine | None = None
         self._others: tuple[str, ...] = ()
 
@@ -117,7 +119,7 @@ class RunnerApp:
             CannotListenError: The address is invalid, in use, or open to other machines without
                 authentication; or the TLS files cannot be used.
         """
-        self._add_services()
+        servicer = self._add_services()
         config = self._config
         ready = listen(
             self._server, config.listen, tls=config.tls, has_token=config.token is not None
@@ -128,6 +130,8 @@ class RunnerApp:
         if config.metrics_listen:
             self._open_metrics(*config.metrics_listen)
         self._open_tracing()
+        if config.http:
+            await self._open_http(servicer, *config.http)
         await self._server.start()
         if announce:
             announce(ready)
@@ -166,7 +170,9 @@ class RunnerApp:
             self._metrics.close()
         if not await self.engine.wait_ended(_DRAIN_SECONDS):
             logger.error("the engine did not end within %.0f s; exiting anyway", _DRAIN_SECONDS)
-        await self._server.stop(_STREAM_GRACE_SECONDS)
+        await asyncio.gather(
+            self._server.stop(_STREAM_GRACE_SECONDS), *([self._http.stop()] if self._http else ())
+        )
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -196,7 +202,20 @@ class RunnerApp:
         if self._tracing:
             self._observers.append(self._tracing)
 
-    def _add_services(self) -> None:
+    async def _open_http(self, servicer: RunnerServicer, host: str, port: int) -> None:
+        try:
+            from runner_common.http.server import HttpServer  # noqa: PLC0415 - may be missing
+            from runner_server.api.contracts.http_host import RunnerHost  # noqa: PLC0415 - the same
+        except ImportError as error:
+            raise CannotListenError(
+                f"--http needs {error.name}; {install_advice('http')}"
+            ) from error
+        config = self._config
+        made = RunnerHost(servicer, self.engine, self._observers)
+        self._http = HttpServer(made, config.tls, config.token, config.use_token)
+        await self._http.start(host, port)
+
+    def _add_services(self) -> RunnerServicer:
         servicer = RunnerServicer(
             self.engine, __version__, self._estimator, self._renderer, self._ranks
         )
@@ -206,6 +225,7 @@ class RunnerApp:
             self._add_smg()
         add_reflection(self._server, (SERVICE_NAME, *self._others, health.SERVICE_NAME))
         add_controller(self._server, self.request_stop)
+        return servicer
 
     def _add_smg(self) -> None:
         try:

@@ -41,6 +41,7 @@ class ServerConfig:
         exit_with_parent: Whether to exit when the parent process does.
         log_level: Level of Python's logging.
         log_format: ``text`` or ``json``.
+        http: Host and port of the HTTP interfaces; None serves none.
         metrics_listen: Host and port for Prometheus scrapes; None serves no metrics.
         tls: Certificate and key; None does not encrypt.
         token: Token required of callers; None requires none.
@@ -61,6 +62,7 @@ class ServerConfig:
     exit_with_parent: bool = False
     log_level: str = "INFO"
     log_format: str = "text"
+    http: tuple[str, int] | None = None
     metrics_listen: tuple[str, int] | None = None
     tls: TlsFiles | None = None
     token: str | None = field(default=None, repr=False)

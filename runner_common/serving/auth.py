@@ -7,7 +7,7 @@ import ipaddress
 import os
 import re
 import socket
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,13 +121,47 @@ class UnauthenticatedError(Exception):
 
 
 class ForbiddenError(Exception):
-    """A call carries the token for use, and its method needs the token with all rights."""
+    """A call carries the token for use, and its method needs the token with all rights.
 
-    def __init__(self) -> None:
-        super().__init__(
-            "the token of this call may only use the loaded model: complete, tokenize, detokenize "
-            "and read the status; send the runner's token with all rights"
-        )
+    Args:
+        text: Description of what is forbidden.
+    """
+
+    def __init__(
+        self,
+        text: str = "the token of this call may only use the loaded model: complete, tokenize, "
+        "detokenize and read the status; send the runner's token with all rights",
+    ) -> None:
+        super().__init__(text)
+
+
+class Tokens:
+    """The tokens of a server, and their rights.
+
+    Args:
+        token: Token with all rights, sent by callers as ``authorization: Bearer TOKEN``.
+        use_token: Token for methods that use the loaded model; None without one.
+    """
+
+    def __init__(self, token: str, use_token: str | None) -> None:
+        # The token with all rights first.
+        self._tokens = [each.encode() for each in (token, use_token) if each]
+
+    def refusal(self, authorizations: Sequence[bytes], *, is_use: bool) -> Exception | None:
+        """Return the error of a forbidden call; None for others.
+
+        Args:
+            authorizations: The values of all ``authorization`` headers.
+            is_use: Whether the call only uses the loaded model.
+        """
+        sent = _bearer(authorizations)
+        if sent is None:
+            return UnauthenticatedError("none")
+        # In constant time, because the duration must not reveal how much of a token is right.
+        equal = [hmac.compare_digest(sent, each) for each in self._tokens]
+        if not any(equal):
+            return UnauthenticatedError("a different one")
+        return None if equal[0] or is_use else ForbiddenError()
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
@@ -145,11 +179,8 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         use_token: str | None,
         translate: Callable[[Exception], status_pb2.Status],
     ) -> None:
-        # The token with all rights first.
-        self._tokens = [each.encode() for each in (token, use_token) if each]
-        self._no_token = _refusal(UnauthenticatedError("none"), translate)
-        self._other_token = _refusal(UnauthenticatedError("a different one"), translate)
-        self._no_permission = _refusal(ForbiddenError(), translate)
+        self._tokens = Tokens(token, use_token)
+        self._translate = translate
 
     async def intercept_service(
         self,
@@ -157,18 +188,13 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         """Pass a permitted call on; answer others with UNAUTHENTICATED or PERMISSION_DENIED."""
+        method = handler_call_details.method
         # Health probes usually have no token.
-        if handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
+        if method.startswith(f"/{health.SERVICE_NAME}/"):
             return await continuation(handler_call_details)
-        sent = _bearer(handler_call_details)
-        if sent is None:
-            return self._no_token
-        # In constant time, because the duration must not reveal how much of a token is right.
-        equal = [hmac.compare_digest(sent, each) for each in self._tokens]
-        if not any(equal):
-            return self._other_token
-        if not (equal[0] or _is_use(handler_call_details.method)):
-            return self._no_permission
+        sent = _authorizations(handler_call_details)
+        if error := self._tokens.refusal(sent, is_use=_is_use(method)):
+            return _refusal(error, self._translate)
         return await continuation(handler_call_details)
 
 
@@ -176,13 +202,16 @@ def _is_use(method: str) -> bool:
     return method in _USE_PATHS or method.startswith(_REFLECTION)
 
 
-def _bearer(details: grpc.HandlerCallDetails) -> bytes | None:
-    """Return the token of a call; None if absent or ambiguous."""
-    found = [
+def _authorizations(details: grpc.HandlerCallDetails) -> list[bytes]:
+    return [
         value if isinstance(value, bytes) else value.encode(errors="replace")
         for key, value in details.invocation_metadata or ()
         if key == _HEADER
     ]
+
+
+def _bearer(found: Sequence[bytes]) -> bytes | None:
+    """Return the token of a call; None if absent or ambiguous."""
     if len(found) != 1 or found[0][: len(_SCHEME)].lower() != _SCHEME.encode():
         return None
     return found[0][len(_SCHEME) :].strip()

@@ -76,7 +76,7 @@ def listen(
             f"--listen {address!r}: expected HOST:PORT or [IPV6]:PORT, the port 0 to {MAX_PORT}, "
             "or unix:/path"
         )
-    _check_host(host, address, tls, has_token=has_token)
+    check_reach(host, address, tls, has_token=has_token)
     return ReadyLine("tcp", f"{host}:{_bind(server, address, _BIND_ADVICE, credentials)}")
 
 
@@ -103,7 +103,21 @@ def _bind_socket(
         os.umask(mask)
 
 
-def _check_host(host: str, address: str, tls: TlsFiles | None, *, has_token: bool) -> None:
+def check_reach(
+    host: str, address: str, tls: TlsFiles | None, *, has_token: bool, flag: str = "--listen"
+) -> None:
+    """Refuse an address open to other machines without authentication.
+
+    Args:
+        host: The host of the address.
+        address: The address, for messages.
+        tls: Certificate and key; None does not encrypt.
+        has_token: Whether callers must send a token.
+        flag: The option that has the address.
+
+    Raises:
+        CannotListenError: The host is unknown, or open to other machines without authentication.
+    """
     try:
         if is_loopback(host):
             return
@@ -111,7 +125,7 @@ def _check_host(host: str, address: str, tls: TlsFiles | None, *, has_token: boo
         raise CannotListenError(f"cannot listen on {address}: {_BIND_ADVICE}") from error
     if not (tls or has_token):
         raise CannotListenError(
-            f"--listen {address} is open to other machines, where anyone could load models and "
+            f"{flag} {address} is open to other machines, where anyone could load models and "
             f"read completions. Set a token (--token-file FILE, or {TOKEN_VARIABLE}) and "
             "encrypt (--tls-cert FILE --tls-key FILE), or accept only clients with a certificate "
             "(add --tls-client-ca FILE); or listen on 127.0.0.1 or unix:/path"

@@ -1,8 +1,8 @@
-"""Errors of the table as gRPC statuses, and the end of a call with one."""
+"""Calls of services, errors of the table as gRPC statuses, and the end of a call with one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -23,6 +23,27 @@ _MAX_TEXT = 512
 """Longest message, in bytes, because the whole status must stay under 2 KB."""
 
 _MAX_VIOLATIONS = 4
+
+
+class CallContext(Protocol):
+    """A call in progress. ``grpc.aio.ServicerContext`` is one, and ``HttpCall`` another."""
+
+    async def send_initial_metadata(self, initial_metadata: Any, /) -> None:  # noqa: ANN401 - gRPC's type is private
+        """Tell the caller about the acceptance of the request."""
+
+    def invocation_metadata(self) -> Any:  # noqa: ANN401 - gRPC's type is not iterable as pairs
+        """Return the headers of the call as pairs."""
+
+    def time_remaining(self) -> float | None:
+        """Return the time until the call's deadline in seconds; None without one."""
+
+    async def abort(
+        self,
+        code: grpc.StatusCode,
+        details: str = "",
+        trailing_metadata: Any = (),  # noqa: ANN401 - as above
+    ) -> NoReturn:
+        """End the call with a status, by an exception."""
 
 
 def error_status(

@@ -88,15 +88,19 @@ class _Source:
         files = self._files
         cert, key = _read(files.cert), _read(files.key)
         client_ca = _read(files.client_ca) if files.client_ca else None
-        _check(files)
+        check_files(files)
         if self._stamp() != stamp:
             raise BadTlsFilesError("the TLS files changed while being read")
         self._good = stamp
         return grpc.ssl_server_certificate_configuration([(key, cert)], client_ca)
 
     def _stamp(self) -> _Stamp:
-        files = (self._files.cert, self._files.key, self._files.client_ca)
-        return tuple(_identity(file) for file in files if file)
+        return files_stamp(self._files)
+
+
+def files_stamp(files: TlsFiles) -> _Stamp:
+    """Return a stamp of the files, to detect changes."""
+    return tuple(_identity(file) for file in (files.cert, files.key, files.client_ca) if file)
 
 
 def _identity(file: Path) -> tuple[int, int, int] | None:
@@ -116,7 +120,7 @@ def _read(file: Path) -> bytes:
         ) from error
 
 
-def _check(files: TlsFiles) -> None:
+def check_files(files: TlsFiles) -> None:
     """Check that the files belong together; gRPC would only fail each handshake, without a reason.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.contract import MAX_PRIORITY
@@ -23,7 +23,7 @@ from runner_server.errors import ModelUnsupported, TextTooLong
 from runner_server.telemetry.call_record import current_call
 
 if TYPE_CHECKING:
-    import grpc
+    from runner_common.serving.statuses import CallContext
 
 
 async def embed_spec(request: pb.EmbedRequest, model: ModelHandle) -> EmbedSpec:
@@ -109,7 +109,7 @@ async def embedding(
     engine: Engine,
     model: ModelHandle,
     spec: EmbedSpec,
-    context: grpc.aio.ServicerContext[Any, Any],
+    context: CallContext,
 ) -> AsyncIterator[EmbeddingRequest]:
     """Submit a request for the duration of a context; cancel an unfinished one at exit.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runner_server.api.constraints import start_matcher
 from runner_server.api.prompts import Prompt, encode_prompt
@@ -23,7 +23,7 @@ from runner_server.errors import InvalidField, ModelUnsupported, PromptTooLong
 from runner_server.telemetry.call_record import current_call
 
 if TYPE_CHECKING:
-    import grpc
+    from runner_common.serving.statuses import CallContext
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ async def generate(
     engine: Engine,
     model: ModelHandle,
     draft: GenerationDraft,
-    context: grpc.aio.ServicerContext[Any, Any],
+    context: CallContext,
 ) -> AsyncIterator[GenerationRequest]:
     """Submit a request for the duration of a context, and cancel it at exit unless finished.
 

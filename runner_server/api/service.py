@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -211,7 +211,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         self,
         request: pb.CompletionRequest,
         context: _Context,
-    ) -> AsyncIterator[pb.CompletionResponse]:
+    ) -> AsyncGenerator[pb.CompletionResponse]:
         """Stream a completion."""
         model = model_for_call(self._engine, request.request_id, request.model)
         draft = completion_draft(request, model.info)
@@ -244,7 +244,7 @@ class RunnerServicer(runner_pb2_grpc.RunnerServiceServicer):
         self,
         request: pb.ChatRequest,
         context: _Context,
-    ) -> AsyncIterator[pb.ChatResponse]:
+    ) -> AsyncGenerator[pb.ChatResponse]:
         """Stream the answer to a conversation."""
         model = model_for_call(self._engine, request.request_id, request.model)
         draft, answer = await chat_draft(self._renderer, model, request)

@@ -40,6 +40,7 @@ class CallSummary:
         trace_id: Trace id of the call; empty without one.
         parent_id: Span id of the caller in that trace.
         span_id: Id of the span recorded for the call.
+        path: Path of the route of an HTTP call; empty for gRPC.
     """
 
     method: str
@@ -53,6 +54,7 @@ class CallSummary:
     trace_id: str = ""
     parent_id: str = ""
     span_id: str = ""
+    path: str = ""
 
 
 @dataclass(eq=False)
@@ -71,6 +73,7 @@ class CallRecord:
         started: Arrival time, in ``time.monotonic()`` seconds.
         reason: ``ErrorReason`` of the failure, if any.
         span_id: Id of the span recorded for the call.
+        path: Path of the route of an HTTP call; empty for gRPC.
     """
 
     method: str
@@ -84,13 +87,15 @@ class CallRecord:
     started: float = field(default_factory=time.monotonic)
     reason: str = ""
     span_id: str = ""
+    path: str = ""
 
     @classmethod
-    def arrived(cls, method: str, headers: Headers) -> CallRecord:
+    def arrived(cls, method: str, headers: Headers, path: str = "") -> CallRecord:
         """Create the record of a new call."""
         given = dict(headers)
         trace_id, parent_id = _trace(given.get(_TRACE_HEADER))
-        return cls(method, _id(given.get(ID_HEADER)), headers, trace_id, parent_id)
+        id_ = _id(given.get(ID_HEADER))
+        return cls(method, id_, headers, trace_id, parent_id, path=path)
 
     def end(self, code: str) -> CallSummary:
         """End the call now, and return the summary.
@@ -110,6 +115,7 @@ class CallRecord:
             trace_id=self.trace_id,
             parent_id=self.parent_id,
             span_id=self.span_id,
+            path=self.path,
         )
 
 

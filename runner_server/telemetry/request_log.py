@@ -64,6 +64,7 @@ def _fields(call: CallSummary) -> Fields:
         "id": call.id,
         "request_id": call.request_id[:_MAX_CHARS],
         "method": call.method,
+        "path": call.path,
         "model": call.model[:_MAX_CHARS],
         "code": call.code,
         "reason": call.reason,

@@ -103,7 +103,7 @@ class Tracing:
         """Start a span as a child of the caller's, and put its ids into the record."""
         begin = time.time_ns()
         span = self._tracer.start_span(
-            FULL_NAMES[call.method],
+            call.path or FULL_NAMES[call.method],
             self._extract({key: text for key, text in call.headers if isinstance(text, str)}),
             self._kind,
             _arrival_attributes(call),
@@ -134,10 +134,13 @@ class Tracing:
 
 def _arrival_attributes(call: CallRecord) -> dict[str, AttributeValue]:
     attributes: dict[str, AttributeValue] = {
-        "rpc.system.name": "grpc",
         "rpc.method": FULL_NAMES[call.method],
         "mlx_runner.id": call.id,
     }
+    if call.path:
+        attributes["http.route"] = call.path
+    else:
+        attributes["rpc.system.name"] = "grpc"
     if call.method in GENERATING:
         attributes["gen_ai.operation.name"] = "text_completion"
         attributes["gen_ai.provider.name"] = "mlx"

@@ -257,7 +257,7 @@ def test_files_that_change_while_they_are_read_are_read_again(
 ) -> None:
     source = tls._Source(tls.TlsFiles(pair.cert, pair.key))
     source.read()
-    check = tls._check
+    check = tls.check_files
     overwrite(authority.sign("next"), pair)
 
     def change_then_check(files: tls.TlsFiles) -> None:
@@ -265,7 +265,7 @@ def test_files_that_change_while_they_are_read_are_read_again(
         check(files)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tls, "_check", change_then_check)
+        patch.setattr(tls, "check_files", change_then_check)
         assert source.fetch() is None
     assert source.fetch() is not None
     assert source.fetch() is None

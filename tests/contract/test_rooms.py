@@ -158,7 +158,10 @@ def test_modules_without_mlx_do_not_import_it(module: str) -> None:
 
 def test_only_servers_import_the_parts_of_servers() -> None:
     """The base install has neither health checks nor reflection."""
-    servers = (ROOT / "runner_client/pool/serving", ROOT / "runner_common/serving")
+    servers = (
+        ROOT / "runner_client/pool/serving",
+        *(ROOT / "runner_common" / room for room in ("http", "serving")),
+    )
     parts = ("runner_common.serving", "grpc_health", "grpc_reflection", "grpc_status")
     assert not [
         f"{file} imports {name}"

@@ -14,7 +14,7 @@ from runner_client.pool.scheduling.settings import PoolSettings
 
 _OPTIONS = (
     *("listen", "exit_with_parent", "token_file", "use_token_file"),
-    *("tls_cert", "tls_key", "tls_client_ca", "metrics_listen", "log_level", "log_format"),
+    *("tls_cert", "tls_key", "tls_client_ca", "http", "metrics_listen", "log_level", "log_format"),
 )
 
 

@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from runner_client.pool.serving.config import PoolServerConfig
+    from runner_client.pool.serving.http_host import PoolHost
     from runner_client.pool.serving.metrics import PoolMetrics
     from runner_common.handshake import ReadyLine
+    from runner_common.http.server import HttpServer
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,8 @@ class PoolApp:
         self._ready: ReadyLine | None = None
         self._preparations: asyncio.Future[tuple[None, None]] | None = None
         self._metrics: PoolMetrics | None = None
+        self._http: HttpServer | None = None
+        self._http_host: PoolHost | None = None
 
     async def start(self, announce_ready: Callable[[ReadyLine], None] | None = None) -> ReadyLine:
         """Listen, answer calls, and begin to load pinned models.
@@ -111,6 +115,8 @@ class PoolApp:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         if config.metrics_listen:
             self._open_metrics(*config.metrics_listen)
+        if config.http:
+            await self._open_http(*config.http)
         await self.pool.__aenter__()
         await self._server.start()
         if announce_ready:
@@ -135,6 +141,19 @@ class PoolApp:
         if not is_loopback(host):
             logger.warning("%s serves metrics to other machines without authentication", address)
 
+    async def _open_http(self, host: str, port: int) -> None:
+        try:
+            from runner_client.pool.serving.http_host import PoolHost  # noqa: PLC0415 - may be missing
+            from runner_common.http.server import HttpServer  # noqa: PLC0415 - the same
+        except ImportError as error:
+            raise CannotListenError(
+                f"--http needs {error.name}; {install_advice('http')}"
+            ) from error
+        config = self._config
+        self._http_host = PoolHost(self._runner_service, self._pool_service.state)
+        self._http = HttpServer(self._http_host, config.tls, config.token, config.use_token)
+        await self._http.start(host, port)
+
     async def run(self) -> None:
         """Serve until a stop is requested."""
         await self._stop.wait()
@@ -156,8 +175,12 @@ class PoolApp:
             await asyncio.gather(self._preparations, return_exceptions=True)
         if self._metrics is not None:
             self._metrics.close()
+        if self._http_host is not None:
+            self._http_host.is_stopping = True
         await self.pool.close()
-        await self._server.stop(_STREAM_GRACE_SECONDS)
+        await asyncio.gather(
+            self._server.stop(_STREAM_GRACE_SECONDS), *([self._http.stop()] if self._http else ())
+        )
 
     async def _load_pinned(self) -> None:
         for name, settings in self._config.settings.models.items():

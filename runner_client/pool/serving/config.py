@@ -22,6 +22,7 @@ class PoolServerConfig:
         token: Token required of callers; None requires none.
         use_token: Second token, whose holders may only use models; None if there is none.
         exit_with_parent: Whether to exit when the parent process does.
+        http: Host and port of the HTTP interfaces; None serves none.
         metrics_listen: Host and port for Prometheus scrapes; None serves no metrics.
         blas: BLAS library of the runners, as for ``RunnerProcess``.
     """
@@ -32,5 +33,6 @@ class PoolServerConfig:
     token: str | None = field(default=None, repr=False)
     use_token: str | None = field(default=None, repr=False)
     exit_with_parent: bool = False
+    http: tuple[str, int] | None = None
     metrics_listen: tuple[str, int] | None = None
     blas: str = "auto"

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from runner_client.pool.aio_member import Member
+    from runner_common.serving.statuses import CallContext
 
-    Context = grpc.aio.ServicerContext[Any, Any]
+    Context = CallContext
     _Metadata = tuple[tuple[str, str | bytes], ...]
 
 _PASSED_HEADERS = frozenset({"traceparent", "tracestate", "baggage"})

@@ -42,6 +42,7 @@ def run_server(settings: PoolSettings, blas: str, options: Mapping[str, Any]) ->
         token=token,
         use_token=use_token,
         exit_with_parent=bool(options["exit_with_parent"]),
+        http=options["http"],
         metrics_listen=options["metrics_listen"],
         blas=blas,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlxrunner.v1 import pool_pb2 as pb
 from mlxrunner.v1 import pool_pb2_grpc
@@ -16,12 +16,15 @@ from runner_common.contract import POOL_SERVICE_NAME
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    import grpc
+
     from runner_client.pool.aio_pool import AsyncRunnerPool
     from runner_client.pool.scheduling.settings import PoolSettings
     from runner_client.pool.serving.completions import Completions
-    from runner_client.pool.serving.forward import Context
     from runner_client.pool.serving.names import ModelNames
     from runner_client.pool.types import MemoryReturn
+
+    Context = grpc.aio.ServicerContext[Any, Any]
 
 METHODS = frozenset(
     f"/{POOL_SERVICE_NAME}/{name}"
@@ -59,7 +62,7 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
         """Report the pool and its models."""
-        return self._state()
+        return self.state()
 
     async def LoadModel(
         self, request: pb.LoadModelRequest, context: Context
@@ -95,7 +98,7 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
         sent = None
         async with aclosing(self._pool.watch()) as states:
             async for _ in states:
-                state = self._state()
+                state = self.state()
                 seen = without_times(state)
                 if seen != sent:
                     sent = seen
@@ -103,7 +106,8 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
                     await asyncio.sleep(_WATCH_SECONDS)
         raise RunnerUnavailableError("the pool is stopping")
 
-    def _state(self) -> pb.ListModelsResponse:
+    def state(self) -> pb.ListModelsResponse:
+        """Return the state of the pool."""
         return pool_message(self._pool.status(), self._settings)
 
 

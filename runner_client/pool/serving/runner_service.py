@@ -29,7 +29,7 @@ from runner_common.contract import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
     from runner_client.memory.gate import GateDecision, MemoryGate
     from runner_client.pool.aio_member import Member
@@ -122,17 +122,17 @@ class PooledRunnerService:
             (grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),)
         )
 
-    def completion(self, request: pb.CompletionRequest, context: Context) -> AsyncIterator[bytes]:
+    def completion(self, request: pb.CompletionRequest, context: Context) -> AsyncGenerator[bytes]:
         """Lease the model, and stream the completion of its runner."""
         return self._generate("Completion", request, context)
 
-    def chat(self, request: pb.ChatRequest, context: Context) -> AsyncIterator[bytes]:
+    def chat(self, request: pb.ChatRequest, context: Context) -> AsyncGenerator[bytes]:
         """Lease the model, and stream the answer of its runner."""
         return self._generate("Chat", request, context)
 
     async def _generate(
         self, method: str, request: pb.CompletionRequest | pb.ChatRequest, context: Context
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes]:
         with self._completions.begin(request.request_id) as completion:
             async with self._lease(request) as member:
                 data = _unnamed(request)
