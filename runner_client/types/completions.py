@@ -69,6 +69,9 @@ class Options:
     min_predict: int = 0
     """The number of first tokens that do not end the text: no end token is drawn there, and stop
     strings are looked for in the text of later tokens only. 0 to ``num_predict``."""
+    penalize_output_only: bool = False
+    """Whether the presence and frequency penalties consider all generated tokens and none of the
+    prompt, as in OpenAI's API; ``repeat_last_n`` then concerns ``repeat_penalty`` only."""
 
     def __post_init__(self) -> None:
         for name in _INTEGERS:
@@ -79,6 +82,7 @@ class Options:
         check_bias("logit_bias", self.logit_bias)
         check_ids("stop_token_ids", self.stop_token_ids)
         check_flag("ignore_eos", self.ignore_eos)
+        check_flag("penalize_output_only", self.penalize_output_only)
 
 
 _INTEGERS = ("top_k", "repeat_last_n", "num_predict", "min_predict", "seed")

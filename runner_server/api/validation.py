@@ -369,6 +369,7 @@ def _sampling(request: pb.CompletionRequest | pb.ChatRequest, model: ModelInfo) 
         repeat_penalty=given("repeat_penalty", float, plain.repeat_penalty),
         presence_penalty=given("presence_penalty", float, plain.presence_penalty),
         frequency_penalty=given("frequency_penalty", float, plain.frequency_penalty),
+        counts_output_only=options.penalize_output_only,
         seed=given("seed", int, secrets.randbits(63)),
         logit_bias=tuple(options.logit_bias.items()),
         logprobs=request.logprobs if _wants_logprobs(request) else None,

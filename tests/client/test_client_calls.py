@@ -50,6 +50,7 @@ def test_the_request_carries_all_arguments(client: RunnerClient, runner: FakeRun
         stop_token_ids=(5, 6),
         ignore_eos=True,
         min_predict=4,
+        penalize_output_only=True,
     )
     client.complete(
         "Hi",
@@ -77,6 +78,7 @@ def test_the_request_carries_all_arguments(client: RunnerClient, runner: FakeRun
     expected.options.stop_token_ids.extend([5, 6])
     expected.options.ignore_eos = True
     expected.options.min_predict = 4
+    expected.options.penalize_output_only = True
     assert runner.requests == [expected]
 
 

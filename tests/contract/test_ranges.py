@@ -44,6 +44,7 @@ INSIDE: dict[str, list[Any]] = {
     "stop_token_ids": [[], [0, VOCAB_SIZE - 1], [300, 300], [300] * 1024],
     "ignore_eos": [False, True],
     "min_predict": [0, 1, 2],
+    "penalize_output_only": [False, True],
 }
 
 OUTSIDE: dict[str, list[Any]] = {
@@ -83,7 +84,7 @@ def _cases(table: dict[str, list[Any]]) -> list[Any]:
 def test_every_option_has_cases() -> None:
     fields = {field.name for field in pb.CompletionOptions.DESCRIPTOR.fields}
     assert set(INSIDE) == fields
-    assert set(OUTSIDE) == fields - {"seed", "ignore_eos"}
+    assert set(OUTSIDE) == fields - {"seed", "ignore_eos", "penalize_output_only"}
 
 
 @pytest.mark.parametrize(("field", "value"), _cases(INSIDE))

@@ -98,6 +98,12 @@ def test_a_minimum_that_cannot_be_met_is_refused(options: dict[str, Any], proble
     assert refused.value.violations == [("options.min_predict", problem)]
 
 
+def test_penalties_may_count_the_output_only() -> None:
+    request = text_request(presence_penalty=1.0, penalize_output_only=True)
+    assert completion_draft(request, MODEL).sampling.counts_output_only
+    assert not completion_draft(text_request(), MODEL).sampling.counts_output_only
+
+
 @pytest.mark.parametrize("most", [8, 9])
 def test_a_minimum_up_to_the_maximum_is_accepted(most: int) -> None:
     request = text_request(min_predict=8, num_predict=most)

@@ -3025,9 +3025,13 @@ type CompletionOptions struct {
 	// stop strings are looked for in the text of later tokens only. The end of the
 	// context still ends the text. Range: 0 to `num_predict`; all ids of the
 	// vocabulary must not be end tokens. Default: 0.
-	MinPredict    int32 `protobuf:"varint,15,opt,name=min_predict,json=minPredict,proto3" json:"min_predict,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	MinPredict int32 `protobuf:"varint,15,opt,name=min_predict,json=minPredict,proto3" json:"min_predict,omitempty"`
+	// Makes `presence_penalty` and `frequency_penalty` consider all generated tokens and
+	// none of the prompt, as in OpenAI's API and vLLM; `repeat_last_n` then concerns
+	// `repeat_penalty` only. Default: false.
+	PenalizeOutputOnly bool `protobuf:"varint,16,opt,name=penalize_output_only,json=penalizeOutputOnly,proto3" json:"penalize_output_only,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *CompletionOptions) Reset() {
@@ -3163,6 +3167,13 @@ func (x *CompletionOptions) GetMinPredict() int32 {
 		return x.MinPredict
 	}
 	return 0
+}
+
+func (x *CompletionOptions) GetPenalizeOutputOnly() bool {
+	if x != nil {
+		return x.PenalizeOutputOnly
+	}
+	return false
 }
 
 // A part of a completion. During prefill a message may have nothing but
@@ -5454,7 +5465,7 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\n" +
 	"JsonObject\"\x1e\n" +
 	"\x06Choice\x12\x14\n" +
-	"\x05texts\x18\x01 \x03(\tR\x05texts\"\x9c\x06\n" +
+	"\x05texts\x18\x01 \x03(\tR\x05texts\"\xce\x06\n" +
 	"\x11CompletionOptions\x12%\n" +
 	"\vtemperature\x18\x01 \x01(\x02H\x00R\vtemperature\x88\x01\x01\x12\x18\n" +
 	"\x05top_p\x18\x02 \x01(\x02H\x01R\x04topP\x88\x01\x01\x12\x18\n" +
@@ -5475,7 +5486,8 @@ const file_mlxrunner_v1_runner_proto_rawDesc = "" +
 	"\n" +
 	"ignore_eos\x18\x0e \x01(\bR\tignoreEos\x12\x1f\n" +
 	"\vmin_predict\x18\x0f \x01(\x05R\n" +
-	"minPredict\x1a<\n" +
+	"minPredict\x120\n" +
+	"\x14penalize_output_only\x18\x10 \x01(\bR\x12penalizeOutputOnly\x1a<\n" +
 	"\x0eLogitBiasEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\x05R\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x02R\x05value:\x028\x01B\x0e\n" +

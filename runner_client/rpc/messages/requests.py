@@ -281,4 +281,5 @@ def _options(options: Options) -> pb.CompletionOptions:
         stop_token_ids=options.stop_token_ids,
         ignore_eos=options.ignore_eos,
         min_predict=options.min_predict,
+        penalize_output_only=options.penalize_output_only,
     )
