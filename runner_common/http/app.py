@@ -1,4 +1,4 @@
-"""ASGI application of all HTTP interfaces."""
+"""Application with the HTTP interfaces."""
 
 from __future__ import annotations
 

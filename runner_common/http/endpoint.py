@@ -11,6 +11,8 @@ from runner_common.http.body import DisconnectedError, TooLargeError
 from runner_common.http.exchange import Exchange
 from runner_common.http.host import StatusError
 from runner_common.http.problems import Problem, problem_of
+from runner_common.serving.interceptor import UnreadableRequestError
+from runner_common.serving.unknown_fields import WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -85,10 +87,16 @@ class _App:
             return
         except StatusError as error:
             await self._fail(exchange, problem_of(error.status, is_ready=self._is_ready()))
+        except RecursionError:
+            deep = UnreadableRequestError([(WHOLE, "the body is nested too deeply")])
+            await self._refuse(exchange, deep)
         except Exception as error:  # noqa: BLE001 - the last line before the wire
-            status = self._host.refused(error, self._endpoint.rpc, exchange.call)
-            problem = problem_of(status, is_ready=self._is_ready())
-            await self._fail(exchange, problem, 413 if isinstance(error, TooLargeError) else None)
+            await self._refuse(exchange, error)
+
+    async def _refuse(self, exchange: Exchange, error: Exception) -> None:
+        status = self._host.refused(error, self._endpoint.rpc, exchange.call)
+        problem = problem_of(status, is_ready=self._is_ready())
+        await self._fail(exchange, problem, 413 if isinstance(error, TooLargeError) else None)
 
     def _is_ready(self) -> bool:
         return self._host.problem() is None

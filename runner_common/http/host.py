@@ -1,4 +1,4 @@
-"""Interface between HTTP and the runner or pool behind it."""
+"""Interface between HTTP and a runner or pool."""
 
 from __future__ import annotations
 

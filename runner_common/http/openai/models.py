@@ -34,5 +34,13 @@ async def get_model(host: Host, exchange: Exchange, _body: JsonObject) -> None:
     raise StatusError(error_status("MODEL_NOT_FOUND", text, {"model": name}))
 
 
+async def named(host: Host, exchange: Exchange, name: str) -> str:
+    """Return the model's name for an answer."""
+    if name:
+        return name
+    models = await host.models(exchange.call)
+    return models[0].name if len(models) == 1 else ""
+
+
 def _model(model: HostedModel) -> dict[str, Any]:
     return {"id": model.name, "object": "model", "created": _STARTED, "owned_by": "mlx-grpc-runner"}
