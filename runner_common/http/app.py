@@ -45,7 +45,7 @@ _HEALTH = Endpoint("GET", "/health", "Status", _health, is_open=True)
 
 async def _unknown(scope: Scope, receive: Receive, send: Send) -> None:
     error = {
-        "message": f"unknown URL: {scope['method']} {scope['path'][:200]}; see docs/http.md",
+        "message": f"unknown URL: {scope['method']} {scope['path'][:200]}",
         "type": "invalid_request_error",
         "param": None,
         "code": "unknown_url",

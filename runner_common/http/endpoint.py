@@ -67,7 +67,7 @@ class Endpoint:
             guard: Decides who may call.
             dialect: The form of errors.
         """
-        return Route(self.path, _App(self, host, guard, dialect), methods=[self.verb])
+        return Route(self.path, _App(self, host, guard, dialect))
 
 
 class _App:
@@ -103,6 +103,11 @@ class _App:
 
     async def _answer(self, exchange: Exchange) -> None:
         endpoint = self._endpoint
+        if exchange.verb != endpoint.verb:
+            text = f"{exchange.verb[:20]}: only {endpoint.verb} is answered here"
+            problem = Problem(405, "method_not_allowed", text)
+            await exchange.send_json(self._dialect.error(problem), 405, {"allow": endpoint.verb})
+            return
         if not endpoint.is_open:
             self._guard.check(exchange, is_use=endpoint.is_use)
         body = {} if endpoint.verb == "GET" else await exchange.read_json()

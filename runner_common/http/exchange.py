@@ -26,6 +26,7 @@ class Exchange:
         send: Sends the response.
 
     Attributes:
+        verb: HTTP method.
         headers: Headers of the request, in lower case; the last one of several with a name.
         parameters: Parameters of the route's path.
         call: The call that the request is, for the host.
@@ -38,6 +39,7 @@ class Exchange:
         ]
         self.headers: Mapping[str, str] = dict(pairs)
         self.authorizations = [value.encode() for key, value in pairs if key == "authorization"]
+        self.verb: str = scope["method"]
         self.parameters: Mapping[str, str] = scope.get("path_params", {})
         self.call = HttpCall(path, pairs)
         self.has_begun = False

@@ -14,6 +14,7 @@ _TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "invalid_request_error",
+    405: "invalid_request_error",
     409: "conflict_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
@@ -29,7 +30,7 @@ _NAMES = (
     (re.compile(r"^options\."), ""),
     (re.compile(r"^constraint\b.*"), "response_format"),
     (re.compile(r"^tool_name$"), "tool_choice"),
-    (re.compile(r"^(tools\[\d+\])\."), r"\1.function."),
+    (re.compile(r"^(tools\[\d+\])\.(name|description|parameters)\b"), r"\1.function.\2"),
     (re.compile(r"^inputs\b"), "input"),
     (re.compile(r"^prompt_token_ids\b"), "prompt"),
 )
