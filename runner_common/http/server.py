@@ -42,11 +42,15 @@ class HttpServer:
         tls: Certificate and key, as of the gRPC server; None does not encrypt.
         token: Token required of callers; None requires none.
         use_token: Second token, whose holders may only use models; None if there is none.
+
+    Attributes:
+        url: The URL, once it listens.
     """
 
     def __init__(
         self, host: Host, tls: TlsFiles | None, token: str | None, use_token: str | None
     ) -> None:
+        self.url = ""
         self._tls = tls
         self._has_token = token is not None
         guard = Guard(token, use_token, is_encrypted=tls is not None)
@@ -72,8 +76,8 @@ class HttpServer:
         # Its messages about the start and the end are for servers of its own.
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
-    async def start(self, host: str, port: int) -> str:
-        """Listen and answer requests; return the URL.
+    async def start(self, host: str, port: int) -> None:
+        """Listen and answer requests.
 
         Args:
             host: Host name or address.
@@ -97,9 +101,8 @@ class HttpServer:
         # second.
         await self._server.startup(sockets=[self._socket])
         scheme = "https" if self._tls else "http"
-        url = f"{scheme}://{shown}:{self._socket.getsockname()[1]}"
-        logger.info("http on %s", url)
-        return url
+        self.url = f"{scheme}://{shown}:{self._socket.getsockname()[1]}"
+        logger.info("http on %s", self.url)
 
     async def stop(self) -> None:
         """Close idle connections, wait a moment for responses, and close the rest."""

@@ -47,6 +47,8 @@ def read_delivery(fields: Fields) -> Delivery:
         includes_usage = options.boolean("include_usage") or False
         # Padding against observers of the network, which TLS does not hide lengths from.
         options.take("include_obfuscation")
+        if options.boolean("continuous_usage_stats"):
+            options.refuse("continuous_usage_stats", "the usage comes at the end only")
         options.end()
     count = fields.integer("n", 1, MAX_CHOICES) or 1
     if fields.has("best_of") and fields.take("best_of") != count:
