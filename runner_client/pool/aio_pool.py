@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
@@ -244,8 +246,41 @@ class AsyncRunnerPool:
         Raises:
             ModelNotLoadedError: The model was never requested from this pool.
         """
-        self._entry(model).model.is_pinned = False
+        pooled = self._entry(model).model
+        pooled.is_pinned = False
+        if pooled.chosen_seconds == math.inf:
+            pooled.chosen_seconds = None
         self._manager.notify()
+
+    def keep(self, model: str, seconds: float) -> None:
+        """Choose the keep-alive of a model until the next eviction.
+
+        For front ends of the pool. Takes the place of an earlier choice and of the settings, but
+        does not end a pin of the settings or by :meth:`pin`.
+
+        Args:
+            model: The model. No-op if it is not in memory.
+            seconds: The time; ``inf`` pins the model.
+
+        Raises:
+            ModelNotLoadedError: The model was never requested from this pool.
+        """
+        pooled = self._entry(model).model
+        if pooled.is_held:
+            pooled.chosen_seconds = seconds
+            self._manager.notify()
+
+    def kept_seconds(self, model: str) -> float:
+        """Return the time for which an unused model stays; ``inf`` without a limit.
+
+        Raises:
+            ModelNotLoadedError: The model was never requested from this pool.
+        """
+        pooled = self._entry(model).model
+        if pooled.stays:
+            return math.inf
+        idle_seconds = time.monotonic() - pooled.idle_since if pooled.is_idle else 0.0
+        return max(0.0, pooled.keep_alive_seconds - idle_seconds)
 
     def status(self) -> PoolStatus:
         """Return the present state of the pool and its models."""

@@ -40,7 +40,7 @@ def describe(entry: Entry, waiting: Sequence[Ticket]) -> PoolModel:
         load_count=model.life,
         waiting_count=len(own),
         idle_seconds=time.monotonic() - model.idle_since if model.is_idle else None,
-        is_pinned=model.is_pinned,
+        is_pinned=model.stays,
         last_error=entry.last_error,
         pid=member.process.pid if member else None,
         address=member.process.address if member and is_loaded else None,

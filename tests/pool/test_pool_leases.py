@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 
 import pytest
@@ -246,3 +247,34 @@ async def test_a_pool_is_entered_once(machine: Machine) -> None:
         await pool.__aenter__()
     async for _ in pool.watch():
         pytest.fail("a closed pool has no states")
+
+
+async def test_a_request_chooses_how_long_a_model_stays(machine: Machine) -> None:
+    model = machine.model("a")
+    settings = ModelSettings(keep_alive_seconds=None)
+    async with machine.pool(models={model: settings}) as pool:
+        await pool.load(model)
+        assert pool.kept_seconds(model) == math.inf
+        pool.keep(model, 60.0)
+        assert 59.0 < pool.kept_seconds(model) <= 60.0
+        pool.keep(model, math.inf)
+        assert model_of(pool, model).is_pinned
+        pool.unpin(model)
+        assert not model_of(pool, model).is_pinned
+        pool.keep(model, 0.0)
+        await eventually(lambda: state_of(pool, model) is ModelState.ABSENT)
+        # No-op, because the model is not in memory.
+        pool.keep(model, 60.0)
+        await pool.load(model)
+        assert pool.kept_seconds(model) == math.inf
+
+
+async def test_a_pin_outlives_the_choice_of_a_request(machine: Machine) -> None:
+    model = machine.model("a")
+    async with machine.pool() as pool:
+        await pool.load(model)
+        pool.pin(model)
+        pool.keep(model, 0.0)
+        assert pool.kept_seconds(model) == math.inf
+        with pytest.raises(errors.ModelNotLoadedError):
+            pool.keep("unknown", 1.0)

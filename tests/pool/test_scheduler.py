@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from runner_client.pool.scheduling.scheduler import SETTLE_SECONDS
@@ -138,6 +140,38 @@ def test_an_idle_model_goes_after_the_keep_alive() -> None:
     assert pool.scheduler.next_decision(pool.now) == 5.0
     assert pool.decide(4.9) == []
     assert names(pool.decide(0.2)) == [("Evict", "a")]
+
+
+def test_a_chosen_keep_alive_lasts_until_the_model_goes() -> None:
+    pool = Driver()
+    model = pool.model("a", 60, keep_alive_seconds=5.0)
+    pool.use(model)
+    model.chosen_seconds = 8.0
+    assert pool.decide(7.9) == []
+    assert names(pool.decide(0.2)) == [("Evict", "a")]
+    pool.scheduler.gone(model)
+    assert model.keep_alive_seconds == 5.0
+
+
+def test_a_keep_alive_of_zero_evicts_once_the_last_lease_ends() -> None:
+    pool = Driver()
+    model = pool.model("a", 60)
+    lease = pool.lease(model)
+    model.chosen_seconds = 0.0
+    assert pool.decide(10.0) == []
+    pool.scheduler.release(pool.now, lease)
+    assert names(pool.decide()) == [("Evict", "a")]
+
+
+def test_an_endless_keep_alive_pins() -> None:
+    pool = Driver()
+    model = pool.model("a", 60, keep_alive_seconds=1.0)
+    pool.use(model)
+    model.chosen_seconds = math.inf
+    pool.ask(pool.model("b", 60))
+    (refusal,) = pool.decide(100.0)
+    assert isinstance(refusal, Refuse)
+    assert "of which pinned models hold 60 B" in refusal.text
 
 
 def test_a_request_to_load_a_loaded_model_counts_as_use() -> None:

@@ -186,7 +186,7 @@ class PoolScheduler:
         """Report that a load has failed, or that a runner has died or was stopped."""
         model.state = ModelState.ABSENT
         model.held_bytes = model.leases = 0
-        model.yields_to = None
+        model.yields_to = model.chosen_seconds = None
 
     def decide(self, now: float, machine_bytes: int, reserve_bytes: int = 0) -> list[Action]:
         """Return what to do now, in this order.
@@ -254,10 +254,9 @@ class PoolScheduler:
         return model.ready_at + max(self._settings.min_residence_seconds, load_seconds)
 
     def _expiry(self, model: PooledModel) -> float | None:
-        keep_alive = model.settings.keep_alive_seconds
-        if keep_alive is None or not self._may_go(model):
+        if model.keep_alive_seconds == math.inf or not self._may_go(model):
             return None
-        return model.idle_since + keep_alive
+        return model.idle_since + model.keep_alive_seconds
 
     def _evicted(self, model: PooledModel, reason: str) -> Evict:
         self.evict(model)
@@ -381,18 +380,18 @@ class PoolScheduler:
     def _evictable(self) -> list[PooledModel]:
         """Return the loaded models that are not pinned, in the order in which they go."""
         ready = self._in(ModelState.READY)
-        return sorted((each for each in ready if not each.is_pinned), key=rank)
+        return sorted((each for each in ready if not each.stays), key=rank)
 
     def _in(self, state: ModelState) -> list[PooledModel]:
         return [model for model in self._models.values() if model.state is state]
 
     def _may_go(self, model: PooledModel) -> bool:
-        return model.is_idle and not model.is_pinned and not self.waiting(model)
+        return model.is_idle and not model.stays and not self.waiting(model)
 
 
 def _yields(model: PooledModel) -> bool:
-    return model.yields_to is not None and not model.is_pinned
+    return model.yields_to is not None and not model.stays
 
 
 def _goes_in_the_end(model: PooledModel) -> bool:
-    return not model.is_pinned or model.state is ModelState.EVICTING
+    return not model.stays or model.state is ModelState.EVICTING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -75,7 +76,7 @@ class PooledModel:
     Attributes:
         name: The model, as requested.
         settings: The model's settings.
-        is_pinned: Whether it is never evicted to make room; at first as in the settings.
+        is_pinned: Whether it is pinned; at first as in the settings.
         need: The memory it needs.
         state: The present state.
         held_bytes: Memory counted for it: its total need from the start of a load until the memory
@@ -87,6 +88,8 @@ class PooledModel:
         idle_since: Time of its last use.
         yields_to: The ticket for which it is about to be evicted: no new leases until then.
         short_since: Since when its first request is hopeless; None if it is not.
+        chosen_seconds: The keep-alive that a request has chosen for the present life, in seconds;
+            ``inf`` pins it, None leaves it to the settings.
     """
 
     name: str
@@ -102,6 +105,20 @@ class PooledModel:
     idle_since: float = 0.0
     yields_to: Ticket | None = None
     short_since: float | None = None
+    chosen_seconds: float | None = None
+
+    @property
+    def stays(self) -> bool:
+        """Whether the model is pinned, by the settings, a caller or a request."""
+        return self.is_pinned or self.chosen_seconds == math.inf
+
+    @property
+    def keep_alive_seconds(self) -> float:
+        """Time for which the idle model stays loaded; ``inf`` without a limit."""
+        if self.chosen_seconds is not None:
+            return self.chosen_seconds
+        configured = self.settings.keep_alive_seconds
+        return math.inf if configured is None else configured
 
     @property
     def is_held(self) -> bool:
