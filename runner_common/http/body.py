@@ -32,8 +32,19 @@ class DisconnectedError(Exception):
     """The client disconnected before the end of the body."""
 
 
-async def read_json(headers: Mapping[str, str], receive: Receive) -> JsonObject:
+_BROWSER_HEADERS = frozenset({"origin", "sec-fetch-site"})
+"""Headers of requests that pages of web sites make, of which browsers send at least one."""
+
+
+async def read_json(
+    headers: Mapping[str, str], receive: Receive, *, takes_any_type: bool = False
+) -> JsonObject:
     """Return the JSON object in the body of a request.
+
+    Args:
+        headers: Headers of the request, in lower case.
+        receive: Receives the body.
+        takes_any_type: Whether programs other than browsers may send another content type.
 
     Raises:
         UnreadableRequestError: The body is not a JSON object, or its type is another.
@@ -41,7 +52,8 @@ async def read_json(headers: Mapping[str, str], receive: Receive) -> JsonObject:
     """
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     # Other sites can make a browser send some types without asking first, but not this one.
-    if kind != "application/json":
+    is_program = takes_any_type and _BROWSER_HEADERS.isdisjoint(headers)
+    if kind != "application/json" and not is_program:
         _refuse(f"the content type is {kind[:40]!r}; it must be application/json")
     if headers.get("content-encoding", "identity").lower() != "identity":
         _refuse("the body is compressed; send it as it is")

@@ -50,6 +50,8 @@ class Endpoint:
             exceptions: :class:`StatusError` by the host, ``UnreadableRequestError`` for fields.
         is_use: Whether the token for use suffices.
         is_open: Whether no token is needed.
+        takes_any_type: Whether programs other than browsers may send another content type than
+            that of JSON.
     """
 
     verb: str
@@ -58,6 +60,7 @@ class Endpoint:
     handle: Handler
     is_use: bool = True
     is_open: bool = False
+    takes_any_type: bool = False
 
     def route(self, host: Host, guard: Guard, dialect: Dialect) -> Route:
         """Return the route for a host.
@@ -110,9 +113,15 @@ class _App:
             return
         if not endpoint.is_open:
             self._guard.check(exchange, is_use=endpoint.is_use)
-        body = {} if endpoint.verb == "GET" else await exchange.read_json()
+        exchange.has_all_rights = self._guard.has_all_rights(exchange)
+        body = await self._body(exchange)
         async with exchange.until_disconnect():
             await endpoint.handle(self._host, exchange, body)
+
+    async def _body(self, exchange: Exchange) -> JsonObject:
+        if self._endpoint.verb == "GET":
+            return {}
+        return await exchange.read_json(takes_any_type=self._endpoint.takes_any_type)
 
     async def _fail(self, exchange: Exchange, problem: Problem, status: int | None = None) -> None:
         if exchange.has_begun:

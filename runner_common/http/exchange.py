@@ -31,6 +31,7 @@ class Exchange:
         parameters: Parameters of the route's path.
         call: The call that the request is, for the host.
         has_begun: Whether the response has begun, so that its status is decided.
+        has_all_rights: Whether the caller may control the process, and not only use models.
     """
 
     def __init__(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,13 +44,14 @@ class Exchange:
         self.parameters: Mapping[str, str] = scope.get("path_params", {})
         self.call = HttpCall(path, pairs)
         self.has_begun = False
+        self.has_all_rights = False
         self._receive = receive
         self._send = send
         self._is_disconnected = False
 
-    async def read_json(self) -> JsonObject:
+    async def read_json(self, *, takes_any_type: bool = False) -> JsonObject:
         """Return the JSON object of the body; see ``body.read_json``."""
-        return await read_json(self.headers, self._receive)
+        return await read_json(self.headers, self._receive, takes_any_type=takes_any_type)
 
     async def send_json(
         self, value: object, status: int = 200, headers: Mapping[str, str] | None = None

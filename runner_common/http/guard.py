@@ -52,6 +52,10 @@ class Guard:
                 "address"
             )
 
+    def has_all_rights(self, exchange: Exchange) -> bool:
+        """Return whether the caller may control the process, and not only use models."""
+        return not (self._tokens and self._tokens.refusal(exchange.authorizations, is_use=False))
+
 
 def _is_local(host: str) -> bool:
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host

@@ -45,6 +45,38 @@ class HostedModel:
     pooled: pool_pb2.PoolModel | None = None
 
 
+class Keeper(Protocol):
+    """Control over the models in a pool's memory.
+
+    Methods raise :class:`StatusError` and no other exception.
+    """
+
+    async def load(self, model: str) -> None:
+        """Load a model; see ``PoolService.LoadModel``."""
+        ...
+
+    async def unload(self, model: str) -> None:
+        """Stop a model's runner now, or at the end of the last request."""
+        ...
+
+    def keep(self, model: str, seconds: float) -> None:
+        """Choose the keep-alive of a model until the next unload.
+
+        Args:
+            model: A model that is loaded.
+            seconds: The time; ``inf`` pins the model.
+        """
+        ...
+
+    def kept_seconds(self, model: str) -> float:
+        """Return the time for which an unused model stays; ``inf`` without a limit."""
+        ...
+
+    async def find(self, model: str) -> HostedModel:
+        """Find a model, configured or not."""
+        ...
+
+
 class Host(Protocol):
     """A runner or a pool behind the HTTP interfaces.
 
@@ -52,7 +84,15 @@ class Host(Protocol):
     gRPC. They raise :class:`StatusError` and no other exception. Cancelling the task that runs
     them ends the request at once. The ``model`` of a request is a name of :meth:`models`, or empty
     for the only one.
+
+    Attributes:
+        keeper: Loads and unloads models; None for a runner, whose model stays.
     """
+
+    @property
+    def keeper(self) -> Keeper | None:
+        """Control over the models in memory."""
+        ...
 
     def chat(
         self, request: pb.ChatRequest, call: HttpCall

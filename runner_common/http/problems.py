@@ -35,6 +35,7 @@ _CODES = {
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.RESOURCE_EXHAUSTED: 413,
+    grpc.StatusCode.UNIMPLEMENTED: 501,
 }
 """Statuses of errors without a reason, by the code. gRPC itself exhausts no other resource than the
 size of a message."""

@@ -67,18 +67,18 @@ class PoolApp:
         environ = dict(os.environ)
         gate = MemoryGate(environ=environ)
         self.pool = AsyncRunnerPool(config.settings, gate=gate, blas=config.blas)
-        names, completions = ModelNames(config.settings.models), Completions()
+        self._names, completions = ModelNames(config.settings.models), Completions()
         self._runner_service = PooledRunnerService(
             self.pool,
             config.settings,
-            names,
+            self._names,
             gate,
             environ,
             config.blas,
             Forwarder(),
             completions,
         )
-        self._pool_service = PoolServicer(self.pool, config.settings, names, completions)
+        self._pool_service = PoolServicer(self.pool, config.settings, self._names, completions)
         interceptors: list[grpc.aio.ServerInterceptor] = []
         if config.token:
             interceptors.append(AuthInterceptor(config.token, config.use_token, translate))
@@ -143,14 +143,15 @@ class PoolApp:
 
     async def _open_http(self, host: str, port: int) -> None:
         try:
-            from runner_client.pool.serving.http_host import PoolHost  # noqa: PLC0415 - may be missing
+            from runner_client.pool.serving.http_host import PoolHost, PoolKeeper  # noqa: PLC0415 - may be missing
             from runner_common.http.server import HttpServer  # noqa: PLC0415 - the same
         except ImportError as error:
             raise CannotListenError(
                 f"--http needs {error.name}; {install_advice('http')}"
             ) from error
         config = self._config
-        self._http_host = PoolHost(self._runner_service, self._pool_service.state)
+        keeper = PoolKeeper(self.pool, config.settings, self._names)
+        self._http_host = PoolHost(self._runner_service, self._pool_service.state, keeper)
         self._http = HttpServer(self._http_host, config.tls, config.token, config.use_token)
         await self._http.start(host, port)
 

@@ -6,6 +6,9 @@ from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_client.errors import BusyError
+from runner_client.pool.serving.messages import model_message
+from runner_client.pool.serving.pool_service import evict_known
 from runner_client.pool.serving.translate import translate
 from runner_common.http.host import HostedModel, StatusError
 from runner_common.serving.statuses import error_status
@@ -16,8 +19,12 @@ if TYPE_CHECKING:
     from google.rpc import status_pb2
 
     from mlxrunner.v1 import pool_pb2
+    from runner_client.pool.aio_pool import AsyncRunnerPool
+    from runner_client.pool.scheduling.settings import PoolSettings
+    from runner_client.pool.serving.names import ModelNames
     from runner_client.pool.serving.runner_service import PooledRunnerService
     from runner_common.http.call import HttpCall
+    from runner_common.http.host import Keeper
 
 
 class PoolHost:
@@ -26,13 +33,18 @@ class PoolHost:
     Args:
         service: The service.
         state: Returns the state of the pool.
+        keeper: Loads and unloads models.
     """
 
     def __init__(
-        self, service: PooledRunnerService, state: Callable[[], pool_pb2.ListModelsResponse]
+        self,
+        service: PooledRunnerService,
+        state: Callable[[], pool_pb2.ListModelsResponse],
+        keeper: Keeper,
     ) -> None:
         self._service = service
         self._state = state
+        self.keeper: Keeper | None = keeper
         self.is_stopping = False
 
     async def chat(
@@ -77,6 +89,51 @@ class PoolHost:
     def refused(self, error: Exception, _method: str, _call: HttpCall) -> status_pb2.Status:
         """Return the status for a call refused by HTTP itself."""
         return translate(error)
+
+
+class PoolKeeper:
+    """Implementation of ``Keeper``.
+
+    Args:
+        pool: The open pool.
+        settings: The settings of the pool.
+        names: Decides which model a request means.
+    """
+
+    def __init__(self, pool: AsyncRunnerPool, settings: PoolSettings, names: ModelNames) -> None:
+        self._pool = pool
+        self._settings = settings
+        self._names = names
+
+    async def load(self, model: str) -> None:
+        """Load a model, and lease nothing."""
+        with _translated():
+            await self._pool.load(self._names.resolve(model))
+
+    async def unload(self, model: str) -> None:
+        """Stop a model's runner now, or at the end of the last request."""
+        with _translated():
+            name = self._names.resolve(model)
+            try:
+                await evict_known(self._pool, self._settings, name)
+            except BusyError:
+                self._pool.keep(name, 0.0)
+
+    def keep(self, model: str, seconds: float) -> None:
+        """Choose the keep-alive of a model."""
+        with _translated():
+            self._pool.keep(self._names.resolve(model), seconds)
+
+    def kept_seconds(self, model: str) -> float:
+        """Return the time for which an unused model stays."""
+        with _translated():
+            return self._pool.kept_seconds(model)
+
+    async def find(self, model: str) -> HostedModel:
+        """Estimate a model, configured or not."""
+        with _translated():
+            found = model_message(await self._pool.know(self._names.resolve(model)))
+        return HostedModel(found.name, found.path, pooled=found)
 
 
 @contextmanager

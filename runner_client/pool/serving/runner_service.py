@@ -147,6 +147,8 @@ class PooledRunnerService:
         """Lease the model, and pass the call on, which ends like a completion."""
         with self._completions.begin(request.request_id) as completion:
             async with self._lease(request) as member:
+                # The wait for the model is over, as headers tell callers.
+                await context.send_initial_metadata(())
                 data = _unnamed(request)
                 return await self._forwarder.unary(
                     member, "Embed", data, context, completion.forwarded

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from google.rpc import status_pb2
 
     from runner_common.http.call import HttpCall
+    from runner_common.http.host import Keeper
     from runner_server.api.service import RunnerServicer
     from runner_server.engine.engine import Engine
     from runner_server.telemetry.interceptor import Observer
@@ -43,6 +44,7 @@ class RunnerHost:
         self._servicer = servicer
         self._engine = engine
         self._observers = observers
+        self.keeper: Keeper | None = None
 
     async def chat(
         self, request: pb.ChatRequest, call: HttpCall
