@@ -1,0 +1,1 @@
+"""Translation between Ollama's JSON and messages of ``mlxrunner.v1``."""
