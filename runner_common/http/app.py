@@ -9,6 +9,8 @@ from starlette.routing import Router
 
 from runner_common.http.endpoint import Endpoint
 from runner_common.http.host import StatusError
+from runner_common.http.ollama.dialect import OllamaDialect
+from runner_common.http.ollama.routes import OLLAMA_ENDPOINTS
 from runner_common.http.openai.dialect import OpenAiDialect
 from runner_common.http.openai.routes import OPENAI_ENDPOINTS
 
@@ -28,8 +30,11 @@ def make_app(host: Host, guard: Guard) -> ASGIApp:
         host: The runner or pool that answers.
         guard: Decides who may call.
     """
-    openai = OpenAiDialect()
-    routes = [each.route(host, guard, openai) for each in (*OPENAI_ENDPOINTS, _HEALTH)]
+    openai, ollama = OpenAiDialect(), OllamaDialect()
+    routes = [
+        *(each.route(host, guard, openai) for each in (*OPENAI_ENDPOINTS, _HEALTH)),
+        *(each.route(host, guard, ollama) for each in OLLAMA_ENDPOINTS),
+    ]
     return Router(routes, redirect_slashes=False, default=_unknown)
 
 
@@ -44,8 +49,12 @@ _HEALTH = Endpoint("GET", "/health", "Status", _health, is_open=True)
 
 
 async def _unknown(scope: Scope, receive: Receive, send: Send) -> None:
+    text = f"unknown URL: {scope['method']} {scope['path'][:200]}; see docs/http.md"
+    if scope["path"].startswith("/api/"):
+        await JSONResponse({"error": text}, status_code=404)(scope, receive, send)
+        return
     error = {
-        "message": f"unknown URL: {scope['method']} {scope['path'][:200]}",
+        "message": text,
         "type": "invalid_request_error",
         "param": None,
         "code": "unknown_url",
