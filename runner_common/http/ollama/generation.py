@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from mlxrunner.v1 import runner_pb2 as pb
 from runner_common.http.ollama.hosting import check_keep_alive, hosted_name, on_accept, ready
+from runner_common.http.ollama.reasoning import decide_reasoning
 from runner_common.http.ollama.translation.answers import Answer, Stopwatch, line
 from runner_common.http.ollama.translation.requests import read_chat, read_generate
-from runner_common.serving.interceptor import UnreadableRequestError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -45,7 +45,7 @@ async def _generate(host: Host, exchange: Exchange, wanted: Generation) -> None:
         return
     if wanted.think is not None or wanted.num_ctx is not None:
         status = await ready(host, exchange, wanted, model)
-        _decide_reasoning(wanted, status.model.capabilities)
+        await decide_reasoning(wanted, status.model)
     request = wanted.request
     request.model = model
     call = exchange.call.accepting(on_accept(host, wanted, model, stopwatch))
@@ -67,21 +67,6 @@ async def _without_prompt(host: Host, exchange: Exchange, wanted: Generation, mo
     await ready(host, exchange, wanted, model)
     await on_accept(host, wanted, model)()
     return "load"
-
-
-def _decide_reasoning(wanted: Generation, capabilities: pb.Capabilities) -> None:
-    """Check the request's wish to reason against the model's abilities.
-
-    Raises:
-        UnreadableRequestError: The model is to reason and cannot.
-    """
-    if wanted.think and not capabilities.reasoning:
-        text = f"{wanted.model!r} does not support thinking; leave it out"
-        raise UnreadableRequestError([("think", text)])
-    request = wanted.request
-    if wanted.think is False and capabilities.reasoning and isinstance(request, pb.ChatRequest):
-        # Whatever the template makes of its arguments.
-        request.reasoning_budget = 0
 
 
 async def _send_parts(exchange: Exchange, answer: Answer, responses: Responses) -> None:

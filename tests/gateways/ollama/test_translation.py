@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlxrunner.v1 import runner_pb2 as pb
+from runner_common.http.ollama.reasoning import decide_reasoning
 from runner_common.http.ollama.translation.answers import Answer, Stopwatch
 from runner_common.http.ollama.translation.embeddings import (
     read_embed,
@@ -20,6 +23,7 @@ from runner_common.http.ollama.translation.keep_alive import read_keep_alive
 from runner_common.http.ollama.translation.options import TOLERATED, read_options
 from runner_common.http.ollama.translation.requests import read_chat, read_generate
 from runner_common.serving.interceptor import UnreadableRequestError
+from support.gateway import DEMO
 
 HELLO = [{"role": "user", "content": "Hello"}]
 DEEP: Any = json.loads("[" * 900 + "]" * 900)
@@ -110,7 +114,7 @@ def test_a_chat_is_translated() -> None:
     }
     found = read_chat(body)
     assert isinstance(found.request, pb.ChatRequest)
-    assert (found.model, found.num_ctx, found.think) == ("m", 5, True)
+    assert (found.model, found.num_ctx, found.think, found.effort) == ("m", 5, True, "high")
     assert not found.is_stream
     system, user, assistant, tool = found.request.messages
     assert (system.role, system.content) == (pb.ROLE_SYSTEM, "Be brief.")
@@ -121,11 +125,6 @@ def test_a_chat_is_translated() -> None:
     assert (tool.name, tool.tool_call_id) == ("f", "a")
     assert found.request.tools[0].parameters == '{"a": null}'
     assert found.request.constraint.HasField("json_object")
-    assert json.loads(found.request.chat_template_kwargs) == {
-        "enable_thinking": True,
-        "thinking": True,
-        "reasoning_effort": "high",
-    }
     assert found.request.logprobs == 0
 
 
@@ -283,3 +282,33 @@ def test_the_whole_answer_has_all_parts_and_the_counts() -> None:
             "top_logprobs": [{"token": "B", "logprob": 0.0, "bytes": []}],
         }
     ]
+
+
+@pytest.mark.parametrize(
+    ("think", "effort", "template", "arguments"),
+    [
+        (True, "", "{% if enable_thinking %}", {"enable_thinking": True}),
+        (False, "", "{% if not thinking %}", {"enable_thinking": False, "thinking": False}),
+        (True, "low", "{{ message.thinking }}<thinking>", {"enable_thinking": True}),
+        (
+            True,
+            "low",
+            "{{ reasoning_effort }}",
+            {"enable_thinking": True, "reasoning_effort": "low"},
+        ),
+        # The one that mlx_lm has in Python for DeepSeek V3.2 takes no other argument.
+        (True, "high", "", {"enable_thinking": True}),
+    ],
+)
+async def test_templates_get_the_arguments_that_they_have(
+    tmp_path: Path, template: str, arguments: dict[str, Any], effort: str, *, think: bool
+) -> None:
+    shutil.copytree(DEMO, tmp_path / "model")
+    config = tmp_path / "model" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
+    model = pb.Model(path=str(tmp_path / "model"), capabilities=pb.Capabilities(reasoning=True))
+    found = read_chat({"model": "m", "messages": HELLO, "think": effort or think})
+    await decide_reasoning(found, model)
+    assert isinstance(found.request, pb.ChatRequest)
+    assert json.loads(found.request.chat_template_kwargs) == arguments
+    assert found.request.HasField("reasoning_budget") is not think

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,12 +64,14 @@ class Generation(Call):
         is_chat: Whether the answer is a message, and not a text.
         is_stream: Whether the answer is sent in parts.
         think: Whether the model is to reason; None if the request does not say.
+        effort: How much, as templates call it; empty if the request does not say.
     """
 
     request: pb.ChatRequest | pb.CompletionRequest | None
     is_chat: bool
     is_stream: bool
     think: bool | None
+    effort: str
 
 
 def read_model(fields: Fields) -> str:
@@ -131,7 +132,7 @@ def _generation(
     request.options.CopyFrom(options)
     if constraint := read_format(fields):
         request.constraint.CopyFrom(constraint)
-    think = _read_think(fields, request)
+    think, effort = _read_think(fields, is_raw=isinstance(request, pb.CompletionRequest))
     _read_logprobs(fields, request)
     # Prompts are never cut: one that is too long is refused, whatever this says.
     fields.flag("truncate")
@@ -146,27 +147,20 @@ def _generation(
         is_chat=is_chat,
         is_stream=is_stream,
         think=think,
+        effort=effort,
     )
 
 
-def _read_think(fields: Fields, request: pb.ChatRequest | pb.CompletionRequest) -> bool | None:
+def _read_think(fields: Fields, *, is_raw: bool) -> tuple[bool | None, str]:
     value = fields.value("think")
     if value is None:
-        return None
+        return None, ""
     effort = _EFFORTS.get(value) if isinstance(value, str) else ""
     if effort is None or not isinstance(value, bool | str):
         fields.refuse("think", f"must be true, false, or one of {', '.join(_EFFORTS)}")
-    think = bool(value)
-    if isinstance(request, pb.CompletionRequest):
-        if think:
-            fields.refuse("think", "is not possible with raw")
-        return None
-    # The names that templates have for it.
-    arguments: dict[str, bool | str] = {"enable_thinking": think, "thinking": think}
-    if effort:
-        arguments["reasoning_effort"] = effort
-    request.chat_template_kwargs = json.dumps(arguments)
-    return think
+    if is_raw and value:
+        fields.refuse("think", "is not possible with raw")
+    return bool(value), effort
 
 
 def _read_logprobs(fields: Fields, request: pb.ChatRequest | pb.CompletionRequest) -> None:
