@@ -152,6 +152,25 @@ def cancelled_count(served: Served) -> int:
     return len(re.findall(r" (Chat|Completion) .*CANCELLED", served.log.read_text()))
 
 
+def test_a_function_of_python_is_a_tool(client: ollama.Client, pool: Served) -> None:
+    def get_weather(place: str, days: int = 1) -> str:
+        """Get the weather.
+
+        Args:
+            place: Where.
+            days: How many days.
+        """
+        return f"{place} {days}"
+
+    messages = [ollama.Message(role="user", content="Weather?")]
+    answer = client.chat(pool.models["SCRIPTED"], messages, tools=[get_weather])
+    (call,) = answer.message.tool_calls or ()
+    result = get_weather(**call.function.arguments)
+    assert result == "Zürich 2"
+    messages += [answer.message, ollama.Message(role="tool", content=result, tool_name="f")]
+    assert client.chat(pool.models["SCRIPTED"], messages).message.content == "It rains in Zürich."
+
+
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Run a pool with both tokens; yield its URL."""
