@@ -51,8 +51,8 @@ class Keeper(Protocol):
     Methods raise :class:`StatusError` and no other exception.
     """
 
-    async def load(self, model: str) -> None:
-        """Load a model; see ``PoolService.LoadModel``."""
+    async def load(self, model: str, call: HttpCall) -> pb.StatusResponse:
+        """Load a model if necessary, and report its state while it is certainly loaded."""
         ...
 
     async def unload(self, model: str) -> None:

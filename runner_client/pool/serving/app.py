@@ -150,7 +150,7 @@ class PoolApp:
                 f"--http needs {error.name}; {install_advice('http')}"
             ) from error
         config = self._config
-        keeper = PoolKeeper(self.pool, config.settings, self._names)
+        keeper = PoolKeeper(self._runner_service, self.pool, config.settings, self._names)
         self._http_host = PoolHost(self._runner_service, self._pool_service.state, keeper)
         self._http = HttpServer(self._http_host, config.tls, config.token, config.use_token)
         await self._http.start(host, port)

@@ -95,20 +95,28 @@ class PoolKeeper:
     """Implementation of ``Keeper``.
 
     Args:
+        service: The service that leases models.
         pool: The open pool.
         settings: The settings of the pool.
         names: Decides which model a request means.
     """
 
-    def __init__(self, pool: AsyncRunnerPool, settings: PoolSettings, names: ModelNames) -> None:
+    def __init__(
+        self,
+        service: PooledRunnerService,
+        pool: AsyncRunnerPool,
+        settings: PoolSettings,
+        names: ModelNames,
+    ) -> None:
+        self._service = service
         self._pool = pool
         self._settings = settings
         self._names = names
 
-    async def load(self, model: str) -> None:
-        """Load a model, and lease nothing."""
+    async def load(self, model: str, call: HttpCall) -> pb.StatusResponse:
+        """Load a model if necessary, and report the state of its runner."""
         with _translated():
-            await self._pool.load(self._names.resolve(model))
+            return pb.StatusResponse.FromString(await self._service.loaded_status(model, call))
 
     async def unload(self, model: str) -> None:
         """Stop a model's runner now, or at the end of the last request."""

@@ -208,6 +208,11 @@ class PooledRunnerService:
         self._completions.resume()
         return pb.UnloadResponse(freed_bytes=max(0, returned.returned_bytes))
 
+    async def loaded_status(self, model: str, context: Context) -> bytes:
+        """Lease the model, and return the ``StatusResponse`` of its runner."""
+        async with self._lease(pb.StatusRequest(model=model)) as member:
+            return await self._forwarder.unary(member, "Status", b"", context)
+
     async def estimate(self, request: pb.EstimateRequest, _context: Context) -> pb.EstimateResponse:
         """Estimate a load by the files, and compare it with the memory that is free now."""
         name = self._names.resolve(request.model)

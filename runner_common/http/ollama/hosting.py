@@ -77,9 +77,8 @@ async def ready(host: Host, exchange: Exchange, wanted: Call, model: str) -> pb.
         StatusError: The model cannot be loaded.
         UnreadableRequestError: Its context is shorter than the request needs.
     """
-    if host.keeper is not None:
-        await host.keeper.load(model)
-    status = await host.status(model, exchange.call)
+    keeper, call = host.keeper, exchange.call
+    status = await (keeper.load(model, call) if keeper else host.status(model, call))
     if wanted.num_ctx is not None and wanted.num_ctx > status.context_length:
         text = (
             f"is {wanted.num_ctx}, and the model is loaded with a context of "

@@ -7,6 +7,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,17 @@ def test_zero_waits_for_the_streams_of_others(client: ollama.Client, demo: str) 
     assert client.generate(demo, keep_alive=0).done_reason == "unload"
     assert [first, *stream][-1].done
     eventually(lambda: demo not in running(client))
+
+
+def test_requests_that_unload_do_not_fail_each_other(client: ollama.Client, pool: Served) -> None:
+    def ask(number: int) -> str | None:
+        messages = [{"role": "user", "content": str(number)}]
+        name, options = pool.models["SCRIPTED"], {"num_ctx": 64}
+        answer = client.chat(name, messages, think=False, keep_alive=0, options=options)
+        return answer.message.content
+
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(ask, range(8))) == {"Two, 日本."}
 
 
 def test_less_than_zero_pins(client: ollama.Client, demo: str) -> None:
