@@ -79,7 +79,7 @@ def embedding_demo(directory: Path) -> Path:
 def http_server(directory: Path, model: Path, *options: str, **env: str) -> Iterator[HttpChild]:
     """Run a server with a model."""
     command = [sys.executable, "-m", "runner_server", "--model", str(model)]
-    with _child(directory, [*command, *options], env) as child:
+    with http_child(directory, [*command, *options], env) as child:
         child.wait_until_ready()
         yield child
 
@@ -90,12 +90,15 @@ def http_pool(directory: Path, model: Path, *options: str, **env: str) -> Iterat
     config = directory / "models.toml"
     config.write_text(f'budget = "8GiB"\n[models."{model}"]\npinned = true\n')
     program = str(Path(sysconfig.get_path("scripts")) / "mlx-runner")
-    with _child(directory, [program, "pool", "--config", str(config), *options], env) as child:
+    with http_child(directory, [program, "pool", "--config", str(config), *options], env) as child:
         yield child
 
 
 @contextmanager
-def _child(directory: Path, command: Sequence[str], env: dict[str, str]) -> Iterator[HttpChild]:
+def http_child(
+    directory: Path, command: Sequence[str], env: dict[str, str] | None = None
+) -> Iterator[HttpChild]:
+    """Run a command with an HTTP port."""
     log = directory / f"{len(list(directory.iterdir()))}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -103,7 +106,7 @@ def _child(directory: Path, command: Sequence[str], env: dict[str, str]) -> Iter
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=output,
-            env=child_environment(os.environ | env, backend="cpu"),
+            env=child_environment(os.environ | (env or {}), backend="cpu"),
         )
     assert process.stdout
     try:

@@ -18,13 +18,6 @@ JSON = {"content-type": "application/json"}
 FORM = {"content-type": "application/x-www-form-urlencoded"}
 
 
-@pytest.fixture(params=["pool", "server"])
-def served(request: pytest.FixtureRequest) -> Served:
-    """Each of both."""
-    found: Served = request.getfixturevalue(request.param)
-    return found
-
-
 @pytest.fixture
 def http(served: Served) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=served.url, timeout=60) as client:

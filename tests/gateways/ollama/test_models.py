@@ -15,8 +15,8 @@ import httpx
 import ollama
 import pytest
 
-from gateways.ollama.conftest import Served, serving
-from support.gateway import DEMO
+from gateways.ollama.conftest import POOL, Served
+from support.http_child import DEMO, http_child
 
 pytestmark = [pytest.mark.mlx, pytest.mark.slow]
 
@@ -161,7 +161,7 @@ def test_a_client_that_goes_away_ends_its_request(
 
 def cancelled_count(served: Served) -> int:
     """Return how many requests the runner has seen cancelled."""
-    return len(re.findall(r" (Chat|Completion) .*CANCELLED", served.log.read_text()))
+    return len(re.findall(r" (Chat|Completion) .*CANCELLED", served.child.log.read_text()))
 
 
 def test_a_function_of_python_is_a_tool(client: ollama.Client, pool: Served) -> None:
@@ -192,8 +192,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         file.write_text(file.name)
         file.chmod(0o600)
     options = ("--token-file", str(files[0]), "--use-token-file", str(files[1]))
-    with serving(folder, "runner_common.console", "pool", *options) as (url, _):
-        yield url
+    with http_child(folder, [*POOL, *options]) as child:
+        yield child.url
 
 
 def test_the_token_for_use_neither_unloads_nor_pins(guarded: str) -> None:

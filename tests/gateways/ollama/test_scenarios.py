@@ -59,13 +59,6 @@ def assert_expected(asked: list[dict[str, Any]], results: dict[str, Any]) -> Non
     assert wrong == []
 
 
-@pytest.fixture(params=["pool", "server"])
-def served(request: pytest.FixtureRequest) -> Served:
-    """Each of both."""
-    found: Served = request.getfixturevalue(request.param)
-    return found
-
-
 def test_the_package_for_python_gets_what_it_expects(served: Served) -> None:
     asked = scenarios(served)
     with ollama.Client(served.url) as client:

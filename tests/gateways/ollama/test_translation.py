@@ -23,7 +23,7 @@ from runner_common.http.ollama.translation.keep_alive import read_keep_alive
 from runner_common.http.ollama.translation.options import TOLERATED, read_options
 from runner_common.http.ollama.translation.requests import read_chat, read_generate
 from runner_common.serving.interceptor import UnreadableRequestError
-from support.gateway import DEMO
+from support.http_child import DEMO
 
 HELLO = [{"role": "user", "content": "Hello"}]
 DEEP: Any = json.loads("[" * 900 + "]" * 900)
