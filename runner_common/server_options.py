@@ -334,8 +334,8 @@ SERVER_OPTIONS = (
     ),
     ServerOption(
         ("--http",),
-        "Address for OpenAI's HTTP interface, such as 127.0.0.1:8080, with the tokens and TLS "
-        "files of --listen; needs the extra http.  [default: none]",
+        "Address for OpenAI's and Ollama's HTTP interfaces, such as 127.0.0.1:8080, with the "
+        "tokens and TLS files of --listen; needs the extra http.  [default: none]",
         metavar="HOST:PORT",
         read=_host_and_port,
     ),
