@@ -14,7 +14,7 @@ pytest.importorskip("smg_grpc_proto", reason="smg-grpc-proto is not installed (t
 from smg_grpc_proto import mlx_engine_pb2 as pb
 from smg_grpc_proto import mlx_engine_pb2_grpc
 
-from runner_server.api.contracts.smg.names import Names
+from runner_server.api.contracts.names import Names
 
 Message = Any
 

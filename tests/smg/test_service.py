@@ -33,12 +33,12 @@ from smg_grpc_proto import mlx_engine_pb2 as pb
 from smg_grpc_proto import mlx_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
-from runner_server.api.contracts.smg.model_files import (
+from runner_server.api.contracts.model_files import (
     SpecialTokens,
     special_tokens,
     tokenizer_archive,
 )
-from runner_server.api.contracts.smg.service import _CHUNK_BYTES, _parts
+from runner_server.api.contracts.tokenizer_chunks import CHUNK_BYTES, split
 
 DEMO = Path(__file__).parents[2] / "runner_server" / "demo" / "model"
 TOKEN = "correct-horse-battery-staple"  # noqa: S105 - of a test
@@ -111,9 +111,9 @@ async def test_server_info_counts_requests(server: Server) -> None:
 def test_the_tokenizer_comes_in_parts_with_its_hash() -> None:
     data = bytes(range(256)) * 600
     digest = hashlib.sha256(data).hexdigest()
-    parts = list(_parts(data, digest))
+    parts = list(split(data, digest))
     assert b"".join(part.data for part in parts) == data
-    assert max(len(part.data) for part in parts) == _CHUNK_BYTES
+    assert max(len(part.data) for part in parts) == CHUNK_BYTES
     assert [part.sha256 for part in parts] == ["", "", digest]
 
 

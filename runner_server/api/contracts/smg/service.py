@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from smg_grpc_proto import mlx_engine_pb2 as pb
 from smg_grpc_proto import mlx_engine_pb2_grpc
-from smg_grpc_proto.generated import common_pb2
 
+from runner_server.api.contracts.model_files import special_tokens
+from runner_server.api.contracts.names import Names, check_abort
 from runner_server.api.contracts.smg.convert import chunk_message, complete_message
-from runner_server.api.contracts.smg.model_files import special_tokens, tokenizer_archive
-from runner_server.api.contracts.smg.names import Names
-from runner_server.api.contracts.smg.validation import Message, check_abort, generate_draft
+from runner_server.api.contracts.smg.validation import Message, generate_draft
+from runner_server.api.contracts.tokenizer_chunks import tokenizer_chunks
 from runner_server.api.generation import generate, model_for_call
 from runner_server.engine.engine import Engine
 from runner_server.engine.generation_request import GenerationRequest
@@ -25,9 +24,6 @@ from runner_server.engine.types import OutputDelta
 
 if TYPE_CHECKING:
     _Context = grpc.aio.ServicerContext[Any, Any]
-
-_CHUNK_BYTES = 64 * 1024
-"""Bytes of the tokenizer's archive per message."""
 
 
 class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] # has no types
@@ -53,7 +49,7 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
 
     async def Abort(self, request: Message, context: _Context) -> Message:
         """Cancel requests by name, except for names shared with other requests."""
-        check_abort(request)
+        check_abort(request.request_ids)
         for name in request.request_ids:
             self._names.abort(name)
         return pb.AbortResponse()
@@ -96,23 +92,13 @@ class SmgServicer(mlx_engine_pb2_grpc.MlxEngineServicer):  # type: ignore[misc] 
 
     async def GetTokenizer(self, request: Message, context: _Context) -> AsyncIterator[Message]:
         """Stream an archive of the tokenizer files. The last chunk has its SHA-256."""
-        path = Path(self._engine.model().info.path)
-        data = await asyncio.to_thread(tokenizer_archive, path)
-        digest = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
-        for part in _parts(data, digest):
-            yield part
+        async for chunk in tokenizer_chunks(Path(self._engine.model().info.path)):
+            yield chunk
 
 
 def add_smg(server: grpc.aio.Server, engine: Engine) -> None:
     """Add the gateway's service to a server not started yet."""
     mlx_engine_pb2_grpc.add_MlxEngineServicer_to_server(SmgServicer(engine), server)
-
-
-def _parts(data: bytes, digest: str) -> Iterator[Message]:
-    for at in range(0, len(data), _CHUNK_BYTES):
-        part = data[at : at + _CHUNK_BYTES]
-        is_last = at + _CHUNK_BYTES >= len(data)
-        yield common_pb2.GetTokenizerChunk(data=part, sha256=digest if is_last else "")
 
 
 async def _messages(completion: GenerationRequest, *, is_stream: bool) -> AsyncIterator[Message]:

@@ -18,9 +18,6 @@ from runner_server.engine.types import ModelInfo, Sampling
 # The stubs are untyped, because their package has no py.typed.
 Message = Any
 
-MAX_ABORTED = 1024
-"""Most requests that one ``Abort`` may name: looking up millions would block the event loop."""
-
 _MAX_INT32 = 2**31 - 1
 
 _TEMPERATURE = 1.0
@@ -54,18 +51,6 @@ def generate_draft(request: Message, model: ModelInfo) -> GenerationDraft:
         ignore_eos=params.ignore_eos,
         request_id=request.request_id,
     )
-
-
-def check_abort(request: Message) -> None:
-    """Check the number of requests named in an ``Abort``.
-
-    Raises:
-        InvalidField: There are too many.
-    """
-    check = ViolationCollector()
-    count = len(request.request_ids)
-    check.require("request_ids", count <= MAX_ABORTED, f"{count}; at most {MAX_ABORTED}")
-    check.finish()
 
 
 def _prompt(check: ViolationCollector, request: Message) -> Prompt:

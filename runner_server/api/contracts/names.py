@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from runner_server.api.violations import ViolationCollector
+
+MAX_ABORTED = 1024
+"""Most requests that one ``Abort`` may name: looking up millions would block the event loop."""
 
 
 @dataclass
@@ -58,3 +63,15 @@ class Names:
         if holders and not holders.is_shared:
             for end in holders.ends:
                 end()
+
+
+def check_abort(names: Sequence[str]) -> None:
+    """Check the number of requests named in an ``Abort``.
+
+    Raises:
+        InvalidField: There are too many.
+    """
+    check = ViolationCollector()
+    count = len(names)
+    check.require("request_ids", count <= MAX_ABORTED, f"{count}; at most {MAX_ABORTED}")
+    check.finish()
