@@ -373,5 +373,11 @@ SERVER_OPTIONS = (
         "Also serve as a worker of the SMG gateway; needs the extra smg.",
         default=False,
     ),
+    ServerOption(
+        ("--vllm",),
+        "Also serve the contract of vLLM's workers, which the SMG gateway prefers if a server has "
+        "both; needs the extra smg.",
+        default=False,
+    ),
 )
 """All options, in the order of the help texts."""

@@ -37,7 +37,7 @@ from runner_server.errors import RunnerFault
 from runner_server.host.machine_admission import MachineAdmission
 from runner_server.host.model_root import ModelRoot
 from runner_server.telemetry.interceptor import Observer, TelemetryInterceptor
-from runner_server.telemetry.methods import METHODS, SMG_SERVICE_NAME
+from runner_server.telemetry.methods import METHODS, SMG_SERVICE_NAME, VLLM_SERVICE_NAME
 from runner_server.telemetry.request_log import RequestLog
 from runner_server.telemetry.tracing import Tracing, open_tracing
 from runner_server.transport.translate import translate
@@ -223,6 +223,8 @@ class RunnerApp:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.smg:
             self._add_smg()
+        if self._config.vllm:
+            self._add_vllm()
         add_reflection(self._server, (SERVICE_NAME, *self._others, health.SERVICE_NAME))
         add_controller(self._server, self.request_stop)
         return servicer
@@ -233,7 +235,16 @@ class RunnerApp:
         except ImportError as error:
             raise CannotListenError(f"--smg needs {error.name}; {install_advice('smg')}") from error
         add_smg(self._server, self.engine)
-        self._others = (SMG_SERVICE_NAME,)
+        self._others += (SMG_SERVICE_NAME,)
+
+    def _add_vllm(self) -> None:
+        try:
+            from runner_server.api.contracts.vllm.service import add_vllm  # noqa: PLC0415 - may be missing
+        except ImportError as error:
+            text = f"--vllm needs {error.name}; {install_advice('smg')}"
+            raise CannotListenError(text) from error
+        add_vllm(self._server, self.engine, __version__)
+        self._others += (VLLM_SERVICE_NAME,)
 
     def _watch_ranks(self) -> None:
         if self._ranks:

@@ -52,6 +52,7 @@ class ServerConfig:
         distributed: Whether to run as one of several ranks that share the model.
         pipeline: Whether to split the model between layers rather than within each layer.
         smg: Whether to serve the worker protocol of the SMG gateway too.
+        vllm: Whether to serve the worker protocol of vLLM behind a gateway too.
     """
 
     listen: str = "127.0.0.1:0"
@@ -72,6 +73,7 @@ class ServerConfig:
     distributed: bool = False
     pipeline: bool = False
     smg: bool = False
+    vllm: bool = False
 
 
 def parse_args(argv: Sequence[str] | None = None) -> ServerConfig:

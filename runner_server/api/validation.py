@@ -220,7 +220,7 @@ def generation_draft(
     """
     options = request.options
     _check_numbers(check, options, model)
-    _check_stops(check, options.stop)
+    check_stops(check, "options.stop", options.stop)
     check.bias("options.logit_bias", options.logit_bias, model.vocab_size)
     stop_ids = options.stop_token_ids
     check.token_ids("options.stop_token_ids", stop_ids, model.vocab_size, MAX_STOP_TOKEN_IDS)
@@ -345,15 +345,16 @@ def _check_number(
         check.number(_path(message, field), getattr(message, field), low, high, above=above)
 
 
-def _check_stops(check: ViolationCollector, stops: Sequence[str]) -> None:
+def check_stops(check: ViolationCollector, field: str, stops: Sequence[str]) -> None:
+    """Check the number of stop strings and their lengths."""
     if len(stops) > MAX_STOPS:
         # A message can have millions; checking each would block the event loop.
-        check.require("options.stop", ok=False, text=f"{len(stops)}; at most {MAX_STOPS}")
+        check.require(field, ok=False, text=f"{len(stops)}; at most {MAX_STOPS}")
         return
     for i, stop in enumerate(stops):
         inside = 1 <= len(stop) <= _MAX_STOP_CHARS
         text = f"{len(stop)} characters; 1 to {_MAX_STOP_CHARS}"
-        check.require(f"options.stop[{i}]", inside, text)
+        check.require(f"{field}[{i}]", inside, text)
 
 
 def _sampling(request: pb.CompletionRequest | pb.ChatRequest, model: ModelInfo) -> Sampling:

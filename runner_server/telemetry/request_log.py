@@ -11,7 +11,9 @@ from runner_server.telemetry.call_record import CallRecord, CallSummary
 
 logger = logging.getLogger(__name__)
 
-_FREQUENT_METHODS = frozenset({"Status", "HealthCheck"})
+_FREQUENT_METHODS = frozenset(
+    {"Status", "HealthCheck", "VllmEngine.HealthCheck", "VllmEngine.GetLoads"}
+)
 """Methods whose successful calls are logged at DEBUG, because clients poll them."""
 
 _SUMMARIZED = frozenset({"method", "code", "duration_seconds"})
