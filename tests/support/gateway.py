@@ -48,17 +48,26 @@ class Fleet:
 
 
 @contextmanager
-def fleet(directory: Path, count: int, *, alone: Sequence[str] = ()) -> Iterator[Fleet]:
+def fleet(
+    directory: Path,
+    count: int,
+    *,
+    alone: Sequence[str] = (),
+    contract: str = "--smg",
+    options: Sequence[str] = (),
+) -> Iterator[Fleet]:
     """Run a gateway in front of runners with the demo model.
 
     Args:
         directory: Directory for the logs.
         count: Number of runners.
         alone: Prefix of the gateway's command, see :func:`without`.
+        contract: The runners' option for the contract to serve.
+        options: More options of the gateway, in place of the policy round_robin.
     """
     with ExitStack() as stack:
         runners = [
-            stack.enter_context(running(directory, "--smg", "--model", str(DEMO)))
+            stack.enter_context(running(directory, contract, "--model", str(DEMO)))
             for _ in range(count)
         ]
         # The gateway retries a runner without a model only after half a minute.
@@ -68,7 +77,8 @@ def fleet(directory: Path, count: int, *, alone: Sequence[str] = ()) -> Iterator
         log = directory / "gateway.log"
         command = [sys.executable, "-m", "smg", "launch", "--host", "127.0.0.1"]
         command += ["--port", str(port), "--prometheus-host", "127.0.0.1"]
-        command += ["--prometheus-port", str(metrics_port), "--policy", "round_robin"]
+        command += ["--prometheus-port", str(metrics_port)]
+        command += options or ["--policy", "round_robin"]
         command += ["--worker-urls", *(f"grpc://{child.ready.address}" for child in runners)]
         process = stack.enter_context(_process([*alone, *command], log))
         found = Fleet(port, runners, log)

@@ -1,0 +1,184 @@
+"""Two runners with vLLM's contract behind the SMG gateway, asked by OpenAI's client."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from support.gateway import Fleet, fleet, wait_for
+
+pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
+pytest.importorskip("smg_grpc_proto", reason="smg-grpc-proto is not installed (the extra smg)")
+pytest.importorskip("smg", reason="the gateway is not installed (make smg)")
+pytest.importorskip("openai", reason="openai is not installed (make smg)")
+
+import openai
+
+pytestmark = [pytest.mark.mlx, pytest.mark.timeout(300)]
+
+DEADLINE_SECONDS = 60.0
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"age": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A gateway with two runners."""
+    with fleet(tmp_path_factory.mktemp("fleet"), 2, contract="--vllm") as found:
+        yield found
+
+
+def client(found: Fleet) -> Any:
+    """Return an OpenAI client of a gateway, without retries of failed requests."""
+    url = f"http://127.0.0.1:{found.port}/v1"
+    return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=DEADLINE_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def ai(two: Fleet) -> Iterator[Any]:
+    """OpenAI's client of the gateway with two runners."""
+    with client(two) as made:
+        yield made
+
+
+def chat(ai: Any, count: int = 12, content: str = "Tell me a story.", **options: Any) -> Any:
+    messages = [{"role": "user", "content": content}]
+    return ai.chat.completions.create(
+        model="model", messages=messages, max_completion_tokens=count, **options
+    )
+
+
+def text_of(chunks: Any) -> str:
+    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+
+
+def finished_count(found: Fleet) -> list[int]:
+    """Return the number of finished requests of each runner."""
+    return [child.log.read_text().count(" VllmEngine.Generate ") for child in found.runners]
+
+
+def test_the_gateway_takes_the_runners_for_vllm(two: Fleet) -> None:
+    for worker in two.workers():
+        assert (worker["runtime_type"], worker["connection_mode"]) == ("vllm", "grpc")
+        assert worker["models"][0]["context_length"] == 1024
+
+
+def test_a_stream_has_the_text_of_the_whole_answer(ai: Any) -> None:
+    whole = chat(ai, 30, temperature=0).choices[0].message.content
+    chunks = list(chat(ai, 30, temperature=0, stream=True, stream_options={"include_usage": True}))
+    assert text_of(chunks) == whole
+    assert chunks[-1].usage.completion_tokens == 30
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_is_not_in_the_text(ai: Any, *, stream: bool) -> None:
+    whole = chat(ai, 30, temperature=0).choices[0].message.content
+    stop = whole.split()[3]
+    answer = chat(ai, 30, temperature=0, stop=[stop], stream=stream)
+    if stream:
+        chunks = list(answer)
+        text, reason = text_of(chunks), chunks[-1].choices[0].finish_reason
+    else:
+        text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+    assert (text, reason) == (whole[: whole.index(stop)], "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_three_answers(ai: Any, *, stream: bool) -> None:
+    answer = chat(ai, 12, n=3, temperature=1.0, seed=7, stream=stream)
+    texts = ["", "", ""]
+    for part in answer if stream else [answer]:
+        for choice in part.choices:
+            said = choice.delta.content if stream else choice.message.content
+            texts[choice.index] += said or ""
+    assert len(set(texts)) == 3
+    assert all(texts)
+
+
+def test_a_schema_is_obeyed(ai: Any) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "age", "schema": SCHEMA}}
+    said = chat(ai, 40, response_format=form).choices[0].message.content
+    assert 1 <= json.loads(said)["age"] <= 9
+
+
+def test_logprobs(ai: Any) -> None:
+    choice = chat(ai, 4, temperature=0, logprobs=True, top_logprobs=3).choices[0]
+    assert len(choice.logprobs.content) == 4
+    for entry in choice.logprobs.content:
+        assert entry.token == entry.top_logprobs[0].token
+        assert len(entry.top_logprobs) == 3
+
+
+def test_a_required_tool_is_called(ai: Any) -> None:
+    tool = {"type": "function", "function": {"name": "note", "parameters": SCHEMA}}
+    answer = chat(ai, 60, tools=[tool], tool_choice="required")
+    (call,) = answer.choices[0].message.tool_calls[:1]
+    assert call.function.name == "note"
+    assert 1 <= json.loads(call.function.arguments)["age"] <= 9
+
+
+def test_an_option_out_of_range_is_refused_by_name(ai: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match=re.escape("sampling_params.top_k")):
+        chat(ai, extra_body={"top_k": 99999})
+
+
+def test_thirty_two_requests_at_once_are_served(two: Fleet, ai: Any) -> None:
+    before = finished_count(two)
+
+    def one(number: int) -> str:
+        options = {"seed": number, "extra_body": {"ignore_eos": True}}
+        answer = chat(ai, 20, content=f"Story {number}", **options)
+        assert answer.usage.completion_tokens == 20
+        return str(answer.choices[0].finish_reason)
+
+    with ThreadPoolExecutor(32) as pool:
+        assert set(pool.map(one, range(32))) == {"length"}
+    wait_for(lambda: sum(finished_count(two)) == sum(before) + 32)
+    assert all(now > past for now, past in zip(finished_count(two), before, strict=True))
+
+
+def test_a_killed_runner_costs_only_its_own_streams(tmp_path_factory: Any) -> None:
+    directory = tmp_path_factory.mktemp("killed")
+    with fleet(directory, 2, contract="--vllm") as found, client(found) as ai:
+        begun = threading.Barrier(5)
+        killed = threading.Event()
+        doomed = found.runners[0]
+
+        def stream(_number: int) -> str:
+            """Read a stream that has begun when the runner dies; round robin gives two to each."""
+            chunks = iter(chat(ai, 900, stream=True, extra_body={"ignore_eos": True}))
+            while not text_of([next(chunks)]):
+                pass
+            begun.wait(DEADLINE_SECONDS)
+            try:
+                rest = list(chunks)
+            except openai.APIError as error:
+                return type(error).__name__
+            return str([choice.finish_reason for chunk in rest for choice in chunk.choices][-1])
+
+        def whole(number: int) -> str:
+            assert killed.wait(DEADLINE_SECONDS)
+            answer = chat(ai, 20, content=f"Story {number}", extra_body={"ignore_eos": True})
+            return str(answer.choices[0].finish_reason)
+
+        with ThreadPoolExecutor(32) as pool:
+            streams = [pool.submit(stream, number) for number in range(4)]
+            others = [pool.submit(whole, number) for number in range(28)]
+            begun.wait(DEADLINE_SECONDS)
+            doomed.process.send_signal(signal.SIGKILL)
+            killed.set()
+            ends = sorted(future.result(DEADLINE_SECONDS) for future in streams)
+            assert ends == ["APIError", "APIError", "length", "length"]
+            assert {future.result(DEADLINE_SECONDS) for future in others} == {"length"}
