@@ -54,20 +54,22 @@ def fleet(
     *,
     alone: Sequence[str] = (),
     contract: str = "--smg",
+    model: Path = DEMO,
     options: Sequence[str] = (),
 ) -> Iterator[Fleet]:
-    """Run a gateway in front of runners with the demo model.
+    """Run a gateway in front of runners.
 
     Args:
         directory: Directory for the logs.
         count: Number of runners.
         alone: Prefix of the gateway's command, see :func:`without`.
         contract: The runners' option for the contract to serve.
+        model: Directory of the model.
         options: More options of the gateway, in place of the policy round_robin.
     """
     with ExitStack() as stack:
         runners = [
-            stack.enter_context(running(directory, contract, "--model", str(DEMO)))
+            stack.enter_context(running(directory, contract, "--model", str(model)))
             for _ in range(count)
         ]
         # The gateway retries a runner without a model only after half a minute.

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.gateway import Fleet, fleet, wait_for
+from support.embedding_models import say_that_it_embeds
+from support.gateway import DEMO, Fleet, fleet, wait_for
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytest.importorskip("smg_grpc_proto", reason="smg-grpc-proto is not installed (the extra smg)")
@@ -20,6 +23,8 @@ pytest.importorskip("smg", reason="the gateway is not installed (make smg)")
 pytest.importorskip("openai", reason="openai is not installed (make smg)")
 
 import openai
+
+from mlxrunner.v1 import runner_pb2 as pb
 
 pytestmark = [pytest.mark.mlx, pytest.mark.timeout(300)]
 
@@ -51,6 +56,15 @@ def ai(two: Fleet) -> Iterator[Any]:
     """OpenAI's client of the gateway with two runners."""
     with client(two) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def embedding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleet, Any]]:
+    """A gateway with a runner whose model embeds, and a client."""
+    directory = tmp_path_factory.mktemp("embedding")
+    model = say_that_it_embeds(Path(shutil.copytree(DEMO, directory / "embeds")))
+    with fleet(directory, 1, contract="--vllm", model=model) as found, client(found) as made:
+        yield found, made
 
 
 def chat(ai: Any, count: int = 12, content: str = "Tell me a story.", **options: Any) -> Any:
@@ -147,6 +161,22 @@ def test_thirty_two_requests_at_once_are_served(two: Fleet, ai: Any) -> None:
         assert set(pool.map(one, range(32))) == {"length"}
     wait_for(lambda: sum(finished_count(two)) == sum(before) + 32)
     assert all(now > past for now, past in zip(finished_count(two), before, strict=True))
+
+
+def test_embeddings_are_those_of_the_runner(embedding: tuple[Fleet, Any]) -> None:
+    found, ai = embedding
+    text = "A story of a fox."
+    answer = ai.embeddings.create(model="embeds", input=text, encoding_format="float")
+    own = found.runners[0].stub.Embed(pb.EmbedRequest(inputs=[pb.EmbedInput(text=text)]))
+    assert answer.data[0].embedding == pytest.approx(list(own.embeddings[0].values), abs=1e-5)
+    assert answer.usage.prompt_tokens == own.embeddings[0].token_count
+
+
+def test_the_gateway_makes_one_text_of_several_to_embed(embedding: tuple[Fleet, Any]) -> None:
+    """Hold docs/gateways.md to what gateway 1.13.0 does; the contract takes one text a call."""
+    _, ai = embedding
+    answer = ai.embeddings.create(model="embeds", input=["A fox.", "A bear."])
+    assert len(answer.data) == 1
 
 
 def test_a_killed_runner_costs_only_its_own_streams(tmp_path_factory: Any) -> None:
