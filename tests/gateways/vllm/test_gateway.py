@@ -149,6 +149,11 @@ def test_an_option_out_of_range_is_refused_by_name(ai: Any) -> None:
         chat(ai, extra_body={"top_k": 99999})
 
 
+def test_the_gateway_leaves_logit_bias_out(ai: Any) -> None:
+    """Hold docs/scaling.md to what gateway 1.13.0 does: the runner would refuse this token."""
+    assert chat(ai, 2, logit_bias={"99999": 1}).usage.completion_tokens == 2
+
+
 def test_thirty_two_requests_at_once_are_served(two: Fleet, ai: Any) -> None:
     before = finished_count(two)
 
