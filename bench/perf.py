@@ -1,4 +1,4 @@
-"""CPU time of a process by what the code does, sampled with Linux's ``perf``."""
+"""CPU time of a process by kind of work, sampled with Linux's ``perf``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the runner's CPU time goes to, while a prompt is evaluated and while streams decode."""
+"""CPU time of the runner by kind of work, while a prompt is evaluated and while streams decode."""
 
 from __future__ import annotations
 
