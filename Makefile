@@ -233,7 +233,7 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-bench: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]' --group bench
+	$(BIN)/pip install --quiet --editable '.[$(EXTRA),http]' --group bench
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-packages: pyproject.toml | $(VENV)/bin/python

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from bench import tables
 from bench.contenders import OURS
-from bench.contenders.ours import Drafting, RightDraftModel, WrongDraftModel
+from bench.contenders.ours import Drafting, OverHttp, RightDraftModel, WrongDraftModel
 from bench.measures import (
     arrival,
     constrained,
     drafts,
     growth,
+    http,
     limits,
     memory,
     open_loop,
@@ -217,6 +218,21 @@ def _open_loop(results: Results) -> str:
     return tables.markdown(["", "requests/s", *titles], rows)
 
 
+def _http(results: Results) -> str:
+    rows = []
+    for model in results.models(http.MEASURE):
+        for streams in results.cases(http.MEASURE, model, "rate"):
+            over_grpc, over_http = (
+                results.values(http.MEASURE, model, name, "rate", streams)
+                for name in (OURS, OverHttp.name)
+            )
+            reading = ratio(over_http, over_grpc)
+            cells = [tables.spread(summarize(each), "rate") for each in (over_grpc, over_http)]
+            shown = "-" if reading is None else tables.figure(reading.value)
+            rows.append([f"{model}, {streams}", *cells, shown])
+    return tables.markdown(["model, streams", "gRPC", "HTTP", "ratio"], rows)
+
+
 def _draft_models(results: Results) -> str:
     measure, names = drafts.DRAFT_MODEL_MEASURE, (RightDraftModel.name, WrongDraftModel.name)
     rows = []
@@ -319,6 +335,12 @@ SECTIONS = (
         f"{quantized.MODEL}: tokens per second of one stream, with 64 prompt tokens and 12 "
         "generated tokens. All run as installed, which for the peers means without a fast BLAS.",
         _if_measured("quantized", _quantized),
+    ),
+    Section(
+        "HTTP beside gRPC",
+        "Tokens per second of greedy streams through OpenAI's HTTP interface (`--http`), as "
+        "events, and over gRPC, in turn. Each request over HTTP opens a connection.",
+        _if_measured(http.MEASURE, _http),
     ),
     Section(
         "Constrained against free",

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.contenders import OURS, PEERS
-from bench.contenders.ours import Drafting
-from bench.measures import arrival, drafts, limits, prefix, quantized, start
+from bench.contenders.ours import Drafting, OverHttp
+from bench.measures import arrival, drafts, http, limits, prefix, quantized, start
 from bench.measures.throughput import PLANS, Plan
 from bench.models import DEMO
 from bench.results import Case, Results
@@ -188,6 +188,13 @@ def _drafted_over_plain(model: str, case: str) -> Figure:
     )
 
 
+def _http_over_grpc(model: str) -> Figure:
+    return lambda results: ratio(
+        results.values(http.MEASURE, model, OverHttp.name, "rate", 16),
+        results.values(http.MEASURE, model, OURS, "rate", 16),
+    )
+
+
 def _streams(count: int) -> str:
     return f"{count} stream{'s' * (count > 1)}"
 
@@ -260,6 +267,14 @@ TARGETS = [
         "4-bit on CPU, prefill / mlx-lm server as installed",
         40.0,
         _against(PEERS[0], "quantized", quantized.MODEL, "prompt_rate", 1),
+    ),
+    *(
+        Target(
+            f"{model}: over HTTP / over gRPC, 16 streams",
+            0.9,
+            _http_over_grpc(model),
+        )
+        for model in http.MODELS
     ),
     Target(
         "start to first token / best peer",

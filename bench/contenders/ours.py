@@ -11,7 +11,8 @@ from grpc_health.v1 import health_pb2
 
 from bench.contenders._environment import environment
 from bench.contenders._grpc import in_words, open_channel
-from bench.contenders.base import Probe, Server
+from bench.contenders._sse import complete, options_of
+from bench.contenders.base import Probe, Server, free_port
 from bench.models import DEMO, DEMO_RANDOM, ensure_model
 from bench.records import TEMPERATURE, TOP_K, TOP_P, ContenderError, Record, Request
 from mlxrunner.v1 import runner_pb2, runner_pb2_grpc
@@ -28,6 +29,7 @@ class Ours(Server):
     name = "ours"
     draft_tokens: ClassVar[int] = 0
     draft_model: ClassVar[str] = ""
+    http_port: int = 0
     _channel: grpc.aio.Channel | None = None
 
     async def start(self) -> None:
@@ -36,6 +38,8 @@ class Ours(Server):
         command += ["--model", str(self.setup.model), "--parallel", str(self.setup.parallel)]
         command += ["--context-length", str(self.setup.context_length)]
         command += ["--log-level", "WARNING", "--draft-tokens", str(self.draft_tokens)]
+        if self.http_port:
+            command += ["--http", f"127.0.0.1:{self.http_port}"]
         if self.draft_model:
             command += ["--draft-model", str(ensure_model(self.draft_model))]
         await self._spawn(command, environment(self.setup.blas), pipes=True)
@@ -81,6 +85,23 @@ class Ours(Server):
 
     async def _check(self) -> None:
         await self._health(health_pb2.HealthCheckRequest())
+
+
+class OverHttp(Ours):
+    """The runner called through OpenAI's HTTP interface."""
+
+    name = "ours over HTTP"
+
+    async def start(self) -> None:
+        """Start the server with a port for HTTP."""
+        self.http_port = free_port()
+        await super().start()
+
+    async def stream(self, request: Request, record: Record) -> None:
+        """Stream one completion."""
+        body = {"prompt": list(request.prompt.token_ids), **options_of(request)}
+        body |= {"ignore_eos": True, "seed": request.seed}
+        await complete(self.http_port, body, record)
 
 
 class Drafting(Ours):

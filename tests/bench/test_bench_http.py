@@ -1,4 +1,4 @@
-"""Parsing of responses from mlx-lm's server."""
+"""Parsing of streamed completions over HTTP."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("tokenizers", reason="no tokenizers (the server extra)")
 
-from bench.contenders.mlx_lm_server import _read_head, _take_stream
+from bench.contenders._sse import read_head, take_stream
 from bench.records import ContenderError, Record
 
 _HEAD = b"HTTP/1.0 200 OK\r\nContent-type: text/event-stream\r\n\r\n"
@@ -28,23 +28,23 @@ async def test_token_counts_come_from_the_usage() -> None:
     record = Record()
     keepalive = b": keepalive 3/7\n\n"
     reader = _reader(_HEAD, keepalive, _TOKEN, _TOKEN, _EMPTY, _USAGE, b"data: [DONE]\n\n")
-    await _read_head(reader)
-    await _take_stream(reader, record)
+    await read_head(reader)
+    await take_stream(reader, record)
     assert len(record.chunks) == 2
     assert (record.prompt_tokens, record.completion_tokens) == (7, 3)
 
 
 async def test_a_stream_without_done_fails() -> None:
     with pytest.raises(ContenderError, match="the stream ended without"):
-        await _take_stream(_reader(_TOKEN), Record())
+        await take_stream(_reader(_TOKEN), Record())
 
 
 async def test_an_http_error_includes_the_body() -> None:
     reader = _reader(b"HTTP/1.0 404 Not Found\r\n\r\n", b'{"error": "generation thread died"}')
     with pytest.raises(ContenderError, match="generation thread died"):
-        await _read_head(reader)
+        await read_head(reader)
 
 
 async def test_a_closed_connection_is_reported() -> None:
     with pytest.raises(ContenderError, match="closed the connection"):
-        await _read_head(_reader())
+        await read_head(_reader())
