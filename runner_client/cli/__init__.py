@@ -12,7 +12,6 @@ from runner_client.cli import (
     chat,
     demo,
     doctor,
-    estimate,
     load,
     run,
     serve,
@@ -22,6 +21,7 @@ from runner_client.cli import (
     trim,
     unload,
 )
+from runner_client.cli.models import estimate, pull
 from runner_client.cli.pools import pool, ps
 from runner_client.cli.shared.errors import EXIT_CODES, Commands
 
@@ -50,6 +50,7 @@ for module in (
     demo,
     doctor,
     estimate,
+    pull,
     run,
     chat,
     serve,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from runner_common.model_directory.errors import ModelUnusableError
 from runner_common.units import format_bytes
 
-_MAX_TEXT_BYTES = 256 * 2**20
+MAX_TEXT_BYTES = 256 * 2**20
 """Largest file that is read as a whole. The largest tokenizers have a tenth of this size."""
 
 _READ_WHOLE = frozenset({".jinja", ".json", ".model", ".txt"})
@@ -19,6 +20,22 @@ _NEEDED = frozenset(("config.json", "generation_config.json", "tokenizer.json"))
 _TEMPLATES = "additional_chat_templates"
 _MODULES = "[0-9]_*"
 """Folders of sentence-transformers."""
+
+_COUNTED = re.compile(
+    r"[^/]+\.(json|jinja|model|tiktoken)|(vocab|merges)[^/]*\.txt"
+    rf"|{_TEMPLATES}/[^/]+\.jinja|[0-9]_[^/]*/config\.json"
+)
+_UNCOUNTED = re.compile(r"(?<!\.safetensors)\.index\.json$")
+"""Indices of weights in other formats."""
+
+
+def counts_beside_weights(name: str) -> bool:
+    """Return whether a file can matter to a model, apart from weights.
+
+    Args:
+        name: Path of the file within the model's directory, with ``/``.
+    """
+    return bool(_COUNTED.fullmatch(name)) and not _UNCOUNTED.search(name)
 
 
 def require_files(path: Path) -> None:
@@ -46,10 +63,10 @@ def require_files(path: Path) -> None:
             raise ModelUnusableError(
                 f"{entry} is not a file but a device, a pipe or a socket", str(path)
             )
-        if entry.suffix in _READ_WHOLE and found.st_size > _MAX_TEXT_BYTES:
+        if entry.suffix in _READ_WHOLE and found.st_size > MAX_TEXT_BYTES:
             raise ModelUnusableError(
                 f"{entry} has {format_bytes(found.st_size)}; at most "
-                f"{format_bytes(_MAX_TEXT_BYTES)} are read",
+                f"{format_bytes(MAX_TEXT_BYTES)} are read",
                 str(path),
             )
 

@@ -64,7 +64,7 @@ def locate(model: str, environ: Mapping[str, str] = os.environ) -> Located:
             f"{str(path.absolute())!r}), and it is not a hub id (org/name)",
             model,
         )
-    repository = _Repository(model, match["id"], _hub_cache(environ))
+    repository = _Repository(model, match["id"], hub_cache(environ))
     return repository.snapshot(match["revision"])
 
 
@@ -89,7 +89,7 @@ def _kind(path: Path) -> Literal["directory", "file"] | None:
         return None
 
 
-def _hub_cache(environ: Mapping[str, str]) -> Path:
+def hub_cache(environ: Mapping[str, str]) -> Path:
     """Return the cache directory, by the rules of huggingface_hub."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environ.get(name):
@@ -171,8 +171,8 @@ class _Repository:
     def _missing(self, what: str) -> ModelMissingError:
         return ModelMissingError(
             f"no model at {self._model!r}: there is no such directory, and {what} the Hugging Face "
-            f"cache {self._cache}. Download it first (hf download {self._id}), point HF_HUB_CACHE "
-            "at the cache that has it, or name a directory",
+            f"cache {self._cache}. Download it first (mlx-runner pull {self._id}), point "
+            "HF_HUB_CACHE at the cache that has it, or name a directory",
             self._model,
         )
 

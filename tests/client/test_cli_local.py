@@ -9,7 +9,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from runner_client.cli import estimate, serve
+from runner_client.cli import serve
+from runner_client.cli.shared import estimates
 from runner_client.errors import NotSupportedError
 from runner_client.host import doctor as examination
 from runner_client.host.doctor import Finding
@@ -53,7 +54,7 @@ def test_serve_forwards_every_option(become: Mock) -> None:
     samples = {"--listen": "unix:/s", "--model": "m", "--metrics-listen": "[::1]:0"}
     samples |= {"--draft-model": "d"}
     samples |= {"ADDRESS": "a:1", "N": "3", "SIZE": "2GiB", "SECONDS": "1.5", "DIR": "/"}
-    samples |= {"FILE": __file__, "NAME=DIR": "a=/"}
+    samples |= {"FILE": __file__, "NAME=DIR": "a=/", "HOST:PORT": "127.0.0.1:1"}
     given: list[str] = []
     for option in SERVER_OPTIONS:
         given.append(option.flag)
@@ -132,7 +133,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         size = int(gib * GIB)
         memory = FreeMemory(size, "cgroup", 64 * GIB, size, None, "EPYC", "cpu")
         gate = MemoryGate(minimum_bytes=0, overhead_bytes=GIB, measure=lambda: memory)
-        monkeypatch.setattr(estimate, "MemoryGate", Mock(return_value=gate))
+        monkeypatch.setattr(estimates, "MemoryGate", Mock(return_value=gate))
 
     return set_free
 

@@ -151,7 +151,7 @@ def test_a_revision_cannot_leave_the_snapshots(tmp_path: Path, revision: str) ->
 
 
 def test_the_error_for_an_unknown_hub_id_names_the_cache_and_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ModelMissingError, match="hf download org/name") as caught:
+    with pytest.raises(ModelMissingError, match="mlx-runner pull org/name") as caught:
         locate("org/name", {"HF_HUB_CACHE": str(tmp_path)})
     assert str(tmp_path) in str(caught.value)
     assert caught.value.model == "org/name"

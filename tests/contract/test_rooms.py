@@ -20,7 +20,7 @@ SERVER = (
 """Rooms of the server from top to bottom. Modules beside them (``app``, ``config``) are above."""
 
 CLIENT = (
-    *("cli", "pool", "process", "memory", "host", "rpc", "testing"),
+    *("cli", "pull", "pool", "process", "memory", "host", "rpc", "testing"),
     *("types", "settings", "checks", "errors"),
 )
 

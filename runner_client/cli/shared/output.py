@@ -120,26 +120,23 @@ class StepLine:
             click.echo(f"\r{_CLEAR_TO_END}", nl=False, err=True)
 
 
-class LoadProgress:
-    """Progress of a load on standard error: a bar on a terminal, otherwise occasional lines.
+class Progress:
+    """Progress on standard error: a bar on a terminal, otherwise occasional lines.
 
     Args:
-        name: The name of the model.
+        label: What is done, for instance ``"loading org/name"``.
     """
 
-    def __init__(self, name: str) -> None:
-        self._label = f"loading {name}"
+    def __init__(self, label: str) -> None:
+        self._label = label
         self._percent = 0
         self._bar: ProgressBar[int] | None = None
         if is_terminal():
             self._bar = click.progressbar(length=_COMPLETE, file=sys.stderr, show_eta=False)
             self._fit()
 
-    def __call__(self, status: Status) -> None:
-        """Show the progress given by a status of the runner."""
-        self._show(status.progress)
-
-    def _show(self, percent: int) -> None:
+    def show(self, percent: int) -> None:
+        """Show how much is done, in percent."""
         if self._bar is not None:
             self._fit()
             self._bar.update(percent - self._percent)
@@ -181,9 +178,24 @@ class LoadProgress:
         traceback: TracebackType | None,
     ) -> None:
         if error is None:
-            self._show(_COMPLETE)
+            self.show(_COMPLETE)
         if self._bar is not None:
             self._bar.__exit__(kind, error, traceback)
+
+
+class LoadProgress(Progress):
+    """Progress of a load.
+
+    Args:
+        name: The name of the model.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"loading {name}")
+
+    def __call__(self, status: Status) -> None:
+        """Show the progress given by a status of the runner."""
+        self.show(status.progress)
 
 
 def _columns() -> int:

@@ -1,0 +1,1 @@
+"""Commands about models without a runner: memory and download."""
