@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from runner_common.http.host import Host
 
 _WHY = {
-    "pull": "this server never downloads; put the model's files on its machine",
+    "pull": "this server never downloads; run `mlx-runner pull` on its machine",
     "push": "this server never uploads",
     "create": "models are directories with files of mlx_lm, on the server's machine",
     "copy": "name a model by its directory or hub id instead",
