@@ -30,7 +30,7 @@ def lfs_error(file: Path) -> ModelUnusableError:
     """Return the error for a Git LFS pointer."""
     return ModelUnusableError(
         f"{file} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull` in the "
-        "repository, or download the model with `hf download`",
+        "repository, or download the model with `mlx-runner pull`",
         str(file.parent),
     )
 
