@@ -70,7 +70,8 @@ def _machine(about: dict[str, Any]) -> str:
     """Describe the hardware and the versions that the figures depend on."""
     smg = ", ".join(f"{name} {version}" for name, version in about["smg_packages"].items())
     *rest, commit = machine(about)
-    return "\n".join([*rest, f"- SMG's environment: {smg}", commit])
+    notes = [f"- {note}" for note in about.get("notes", ())]
+    return "\n".join([*rest, f"- SMG's environment: {smg}", commit, *notes])
 
 
 def machine(about: dict[str, Any]) -> list[str]:
