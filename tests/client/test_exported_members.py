@@ -115,8 +115,8 @@ import asyncio, importlib, pkgutil
 import runner_client
 
 for module in pkgutil.walk_packages(runner_client.__path__, "runner_client."):
-    # A pool's server has the dependencies of a server.
-    if not module.name.startswith("runner_client.pool.serving."):
+    # A pool's server has the dependencies of a server, and pull those of its own extra.
+    if not module.name.startswith(("runner_client.pool.serving.", "runner_client.pull.")):
         importlib.import_module(module.name)
 
 from runner_client import AsyncRunnerClient, RunnerClient
@@ -180,10 +180,11 @@ def test_the_client_works_without_mlx_and_without_the_server() -> None:
 def test_no_module_imports_the_server_or_mlx() -> None:
     for file in (ROOT / "runner_client").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            names = [alias.name for alias in getattr(node, "names", [])]
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
-            elif not isinstance(node, ast.Import):
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
                 continue
             tops = {name.split(".")[0] for name in names}
             assert not tops & {"mlx", "mlx_lm", "runner_server"}, f"{file}: {names}"
