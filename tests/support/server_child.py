@@ -82,9 +82,9 @@ class Child:
         """Request the status."""
         return self.stub.Status(pb.StatusRequest(), timeout=DEADLINE_SECONDS)
 
-    def load(self, model: Path, kv_bits: int = 0) -> None:
-        """Load a model."""
-        request = pb.LoadRequest(model=str(model), kv_bits=kv_bits)
+    def load(self, model: Path, kv_bits: int = 0, parallel: int | None = None) -> None:
+        """Load a model, with the default number of slots unless given."""
+        request = pb.LoadRequest(model=str(model), kv_bits=kv_bits, parallel=parallel)
         self.stub.Load(request, timeout=DEADLINE_SECONDS)
 
     def complete(self, count: int) -> Iterator[pb.CompletionResponse]:

@@ -33,7 +33,7 @@ def stuck(
     assert places
     logs = tmp_path_factory.mktemp("stuck")
     with running(logs, code=HANGS) as child:
-        child.load(ROOT / "runner_server/demo/model")
+        child.load(ROOT / "runner_server/demo/model", parallel=1)
         for _ in range(2):
             child.complete(5)
         child.wait_for(lambda: child.status().queued_count == 1)
