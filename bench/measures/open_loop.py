@@ -33,8 +33,9 @@ PREFIX_TOKENS = 256
 PROMPT_TOKENS = 288
 MAX_TOKENS = 32
 
-CAPACITY_REQUESTS = 128
-"""Requests sent at once to measure the capacity: twice as many as run at a time."""
+CAPACITY_REQUESTS = 64
+"""Requests sent at once to measure the capacity: as many as run at a time. With twice as many,
+mlx-lm's server, whose queue of connections is short, took minutes."""
 
 
 async def measure(session: Session) -> None:

@@ -80,6 +80,7 @@ def command(
             try:
                 MemoryGate().check(need, override=load.memory_override)
             except Exception:
+                # With --json, the numbers are printed before the refusal, too.
                 shown.conclude(None)
                 raise
         if dry_run:

@@ -9,16 +9,14 @@ import secrets
 from typing import Any
 
 from runner_common.contract import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+from runner_server.api.contracts.prompts import read_prompt
 from runner_server.api.generation import GenerationDraft
-from runner_server.api.prompts import Prompt
-from runner_server.api.validation import check_request_id
+from runner_server.api.validation import MAX_INT32, check_request_id
 from runner_server.api.violations import ViolationCollector
 from runner_server.engine.types import ModelInfo, Sampling
 
 # The stubs are untyped, because their package has no py.typed.
 Message = Any
-
-_MAX_INT32 = 2**31 - 1
 
 _TEMPERATURE = 1.0
 """Default temperature, as in OpenAI's API, which the gateway offers to its own callers."""
@@ -32,7 +30,7 @@ def generate_draft(request: Message, model: ModelInfo) -> GenerationDraft:
     """
     check = ViolationCollector()
     params = request.sampling_params
-    prompt = _prompt(check, request)
+    prompt = read_prompt(check, request)
     check_request_id(check, request.request_id)
     _check_numbers(check, params, model)
     check.bias("sampling_params.logit_bias", params.logit_bias, model.vocab_size)
@@ -53,21 +51,6 @@ def generate_draft(request: Message, model: ModelInfo) -> GenerationDraft:
     )
 
 
-def _prompt(check: ViolationCollector, request: Message) -> Prompt:
-    """Return the prompt; record a missing or empty prompt as a violation."""
-    match request.WhichOneof("input"):
-        case "tokenized":
-            ids = request.tokenized.input_ids
-            check.require("tokenized.input_ids", bool(ids), "the prompt is empty")
-            return Prompt("tokenized.input_ids", ids)
-        case "text":
-            check.require("text", bool(request.text), "the prompt is empty")
-            return Prompt("text", request.text)
-        case _:
-            check.require("input", ok=False, text="required: tokenized or text")
-            return Prompt("input", "")
-
-
 def _check_numbers(check: ViolationCollector, params: Message, model: ModelInfo) -> None:
     def number(field: str, low: float, high: float) -> None:
         check.number(f"sampling_params.{field}", getattr(params, field), low, high)
@@ -81,7 +64,7 @@ def _check_numbers(check: ViolationCollector, params: Message, model: ModelInfo)
     number("frequency_penalty", -100, 100)
     number("presence_penalty", -100, 100)
     if params.HasField("max_tokens"):
-        number("max_tokens", 1, _MAX_INT32)
+        number("max_tokens", 1, MAX_INT32)
     number("logprobs", 0, min(MAX_LOGPROBS, model.vocab_size))
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from mlxrunner.v1 import runner_pb2
 from runner_common.contract import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from runner_server.api.constraints import parse_constraint
+from runner_server.api.contracts.prompts import read_prompt
 from runner_server.api.generation import GenerationDraft
-from runner_server.api.prompts import Prompt
 from runner_server.api.validation import MAX_INT32, check_request_id, check_stops
 from runner_server.api.violations import ViolationCollector
 from runner_server.engine.types import CachePolicy, Constraint, ModelInfo, Sampling
@@ -63,7 +63,7 @@ def generate_call(request: Message, model: ModelInfo) -> GenerateCall:
     """
     check = ViolationCollector()
     params = request.sampling_params
-    prompt = _prompt(check, request)
+    prompt = read_prompt(check, request)
     check_request_id(check, request.request_id)
     _refuse_unsupported(check, request)
     _check_numbers(check, params, model)
@@ -99,21 +99,6 @@ def embed_request(request: Message) -> runner_pb2.EmbedRequest:
     check.finish()
     text = runner_pb2.EmbedInput(token_ids=runner_pb2.TokenIds(ids=ids))
     return runner_pb2.EmbedRequest(inputs=[text], request_id=request.request_id)
-
-
-def _prompt(check: ViolationCollector, request: Message) -> Prompt:
-    """Return the prompt; record a missing or empty prompt as a violation."""
-    match request.WhichOneof("input"):
-        case "tokenized":
-            ids = request.tokenized.input_ids
-            check.require("tokenized.input_ids", bool(ids), "the prompt is empty")
-            return Prompt("tokenized.input_ids", ids)
-        case "text":
-            check.require("text", bool(request.text), "the prompt is empty")
-            return Prompt("text", request.text)
-        case _:
-            check.require("input", ok=False, text="required: tokenized or text")
-            return Prompt("input", "")
 
 
 def _refuse_unsupported(check: ViolationCollector, request: Message) -> None:
