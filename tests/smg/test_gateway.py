@@ -7,9 +7,7 @@ import io
 import json
 import re
 import shutil
-import signal
 import subprocess
-import threading
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ from typing import Any
 import pytest
 
 from support.gateway import DEMO, Fleet, fleet, hiding, wait_for
+from support.gateway_client import DEADLINE_SECONDS, chat, client, kill_one_of_two, text_of
 from support.server_child import Child
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
@@ -35,8 +34,6 @@ from mlxrunner.v1 import runner_pb2 as pb
 
 pytestmark = [pytest.mark.mlx, pytest.mark.timeout(300)]
 
-DEADLINE_SECONDS = 60.0
-
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
@@ -45,28 +42,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         yield found
 
 
-def client(found: Fleet) -> Any:
-    """Return an OpenAI client of a gateway, without retries of failed requests."""
-    url = f"http://127.0.0.1:{found.port}/v1"
-    return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=DEADLINE_SECONDS)
-
-
 @pytest.fixture(scope="module")
 def ai(two: Fleet) -> Iterator[Any]:
     """OpenAI's client of the gateway with two runners."""
     with client(two) as made:
         yield made
-
-
-def chat(ai: Any, count: int = 12, content: str = "Tell me a story.", **options: Any) -> Any:
-    messages = [{"role": "user", "content": content}]
-    return ai.chat.completions.create(
-        model="model", messages=messages, max_completion_tokens=count, **options
-    )
-
-
-def text_of(chunks: Any) -> str:
-    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
 
 
 def generated_counts(child: Child) -> list[int]:
@@ -226,36 +206,8 @@ def test_thirty_two_requests_at_once_are_served(two: Fleet, ai: Any) -> None:
 def test_a_killed_runner_costs_only_its_own_streams(tmp_path: Path) -> None:
     """Streams on the killed runner end with an error; the other runner does the rest."""
     with fleet(tmp_path, 2) as found, client(found) as ai:
-        begun = threading.Barrier(5)
-        killed = threading.Event()
-        doomed, survivor = found.runners
-
-        def stream(_number: int) -> str:
-            """Read a stream that has begun when the runner dies; round robin gives two to each."""
-            chunks = iter(chat(ai, 900, stream=True, extra_body={"ignore_eos": True}))
-            while not text_of([next(chunks)]):
-                pass
-            begun.wait(DEADLINE_SECONDS)
-            try:
-                rest = list(chunks)
-            except openai.APIError as error:
-                return type(error).__name__
-            return str([choice.finish_reason for chunk in rest for choice in chunk.choices][-1])
-
-        def whole(number: int) -> str:
-            assert killed.wait(DEADLINE_SECONDS)
-            answer = chat(ai, 20, content=f"Story {number}", extra_body={"ignore_eos": True})
-            return str(answer.choices[0].finish_reason)
-
-        with ThreadPoolExecutor(32) as pool:
-            streams = [pool.submit(stream, number) for number in range(4)]
-            others = [pool.submit(whole, number) for number in range(28)]
-            begun.wait(DEADLINE_SECONDS)
-            doomed.process.send_signal(signal.SIGKILL)
-            killed.set()
-            ends = sorted(future.result(DEADLINE_SECONDS) for future in streams)
-            assert ends == ["APIError", "APIError", "length", "length"]
-            assert {future.result(DEADLINE_SECONDS) for future in others} == {"length"}
+        _, survivor = found.runners
+        kill_one_of_two(found, ai)
         assert survivor.status().running_count == 0
         # The gateway goes on with the remaining runner.
         assert chat(ai, 3).usage.completion_tokens == 3

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 
 from support.embedding_models import say_that_it_embeds
 from support.gateway import DEMO, Fleet, fleet, wait_for
+from support.gateway_client import chat, client, kill_one_of_two, text_of
 
 pytest.importorskip("mlx.core", reason="mlx is not installed (the server extra)")
 pytest.importorskip("smg_grpc_proto", reason="smg-grpc-proto is not installed (the extra smg)")
@@ -28,7 +27,6 @@ from mlxrunner.v1 import runner_pb2 as pb
 
 pytestmark = [pytest.mark.mlx, pytest.mark.timeout(300)]
 
-DEADLINE_SECONDS = 60.0
 
 SCHEMA = {
     "type": "object",
@@ -45,12 +43,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         yield found
 
 
-def client(found: Fleet) -> Any:
-    """Return an OpenAI client of a gateway, without retries of failed requests."""
-    url = f"http://127.0.0.1:{found.port}/v1"
-    return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=DEADLINE_SECONDS)
-
-
 @pytest.fixture(scope="module")
 def ai(two: Fleet) -> Iterator[Any]:
     """OpenAI's client of the gateway with two runners."""
@@ -65,17 +57,6 @@ def embedding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleet,
     model = say_that_it_embeds(Path(shutil.copytree(DEMO, directory / "embeds")))
     with fleet(directory, 1, contract="--vllm", model=model) as found, client(found) as made:
         yield found, made
-
-
-def chat(ai: Any, count: int = 12, content: str = "Tell me a story.", **options: Any) -> Any:
-    messages = [{"role": "user", "content": content}]
-    return ai.chat.completions.create(
-        model="model", messages=messages, max_completion_tokens=count, **options
-    )
-
-
-def text_of(chunks: Any) -> str:
-    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
 
 
 def finished_count(found: Fleet) -> list[int]:
@@ -200,33 +181,4 @@ def test_cache_aware_routing_finds_the_runner_with_the_prompt(tmp_path: Path) ->
 def test_a_killed_runner_costs_only_its_own_streams(tmp_path_factory: Any) -> None:
     directory = tmp_path_factory.mktemp("killed")
     with fleet(directory, 2, contract="--vllm") as found, client(found) as ai:
-        begun = threading.Barrier(5)
-        killed = threading.Event()
-        doomed = found.runners[0]
-
-        def stream(_number: int) -> str:
-            """Read a stream that has begun when the runner dies; round robin gives two to each."""
-            chunks = iter(chat(ai, 900, stream=True, extra_body={"ignore_eos": True}))
-            while not text_of([next(chunks)]):
-                pass
-            begun.wait(DEADLINE_SECONDS)
-            try:
-                rest = list(chunks)
-            except openai.APIError as error:
-                return type(error).__name__
-            return str([choice.finish_reason for chunk in rest for choice in chunk.choices][-1])
-
-        def whole(number: int) -> str:
-            assert killed.wait(DEADLINE_SECONDS)
-            answer = chat(ai, 20, content=f"Story {number}", extra_body={"ignore_eos": True})
-            return str(answer.choices[0].finish_reason)
-
-        with ThreadPoolExecutor(32) as pool:
-            streams = [pool.submit(stream, number) for number in range(4)]
-            others = [pool.submit(whole, number) for number in range(28)]
-            begun.wait(DEADLINE_SECONDS)
-            doomed.process.send_signal(signal.SIGKILL)
-            killed.set()
-            ends = sorted(future.result(DEADLINE_SECONDS) for future in streams)
-            assert ends == ["APIError", "APIError", "length", "length"]
-            assert {future.result(DEADLINE_SECONDS) for future in others} == {"length"}
+        kill_one_of_two(found, ai)
